@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors zsq raises on purpose.
+
+Every message says what is wrong, the value seen, what is allowed and what to do next.
+"""
+
+
+class ZsqError(Exception):
+    """Base of every error that zsq raises on purpose. The command line exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class UsageError(ZsqError, ValueError):
+    """What was asked for cannot be done: a bad value, an unknown name, an unsuitable network."""
+
+    exit_code = 2
+
+
+class RunError(ZsqError, RuntimeError):
+    """A run that was asked for correctly and failed: a loss became NaN, a full disk, no parity."""

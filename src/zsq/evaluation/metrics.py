@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy with its uncertainty, and comparisons of networks on the same images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from zsq.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy of one network, in per cent.
+
+    Attributes:
+        top1: share of images whose largest logit is the label's.
+        top5: share of images whose label is among the five largest logits.
+        stderr: standard error of ``top1``, in points.
+        images: how many images were looked at.
+    """
+
+    top1: float
+    top5: float
+    stderr: float
+    images: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Top-1 of one network minus another's on the same images, in points.
+
+    Attributes:
+        points: the difference.
+        stderr: its standard error. Only images on which one is right and the other wrong count,
+            so it is much smaller than that of either accuracy when the networks are close.
+        images: how many images were looked at.
+    """
+
+    points: float
+    stderr: float
+    images: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What several networks said about the same images.
+
+    Attributes:
+        scores: by name of the network.
+        predictions: the class that each network named, int64 ``[images]``, by name.
+        labels: the true classes, int64 ``[images]``.
+    """
+
+    scores: dict[str, Score]
+    predictions: dict[str, Tensor]
+    labels: Tensor
+
+    def agreement(self, first: str, second: str) -> float:
+        """Return the per cent of images on which two networks name the same class."""
+        return _percent(self._of(first) == self._of(second))
+
+    def difference(self, first: str, second: str) -> Difference:
+        """Return top-1 of ``first`` minus that of ``second``, paired by image.
+
+        With ``b`` images that only ``first`` gets right and ``c`` that only ``second`` does, of
+        ``n``: the difference is (b - c) / n with variance (b + c - (b - c)^2 / n) / n^2
+        (McNemar 1947).
+        """
+        right, other = (self._of(name) == self.labels for name in (first, second))
+        only_first, only_second = int((right & ~other).sum()), int((other & ~right).sum())
+        images, gap = len(self.labels), only_first - only_second
+        variance = (only_first + only_second - gap**2 / images) / images**2
+        return Difference(100 * gap / images, 100 * math.sqrt(max(variance, 0.0)), images)
+
+    def _of(self, name: str) -> Tensor:
+        if name not in self.predictions:
+            raise UsageError(f"no network {name!r} here: there are {', '.join(self.predictions)}.")
+        return self.predictions[name]
+
+
+def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return for each image whether its label is among the ``k`` largest logits.
+
+    Of equal logits, which integer networks often have, the lower class comes first, as in argmax.
+
+    Args:
+        logits: ``[N, classes]``.
+        labels: int64 ``[N]``, 0 to classes - 1.
+        k: at least 1; above the number of classes every image counts.
+
+    Returns:
+        bool ``[N]``.
+
+    Example:
+        >>> topk_correct(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([2]), k=1)
+        tensor([False])
+    """
+    own = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    # Nothing is larger than NaN, so it would count as right.
+    return (ahead.sum(1) < k) & ~own[:, 0].isnan()
+
+
+def standard_error(top1_percent: float, n: int) -> float:
+    """Return the binomial standard error, in points, of an accuracy over ``n`` images.
+
+    Args:
+        top1_percent: 0 to 100.
+        n: at least 1.
+
+    Example:
+        >>> round(standard_error(89.1, 5000), 2)
+        0.44
+    """
+    share = top1_percent / 100
+    return 100 * math.sqrt(max(share * (1 - share), 0.0) / n)
+
+
+def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
+    """Return the per cent of rows of two ``[N, classes]`` in which the same class is largest.
+
+    Example:
+        >>> agreement(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        50.0
+    """
+    return _percent(logits_a.argmax(1) == logits_b.argmax(1))
+
+
+def evaluate_networks(
+    networks: Mapping[str, Callable[[Tensor], Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Run all networks once over the same images.
+
+    Args:
+        networks: by name; each maps float32 images ``[n, C, H, W]`` on the CPU to logits
+            ``[n, classes]`` on any device. Put modules into eval mode before.
+        batches: images and int64 labels, as `ImageFolder.batches` yields them.
+        progress: called after each batch with the number of images done.
+
+    Returns:
+        Scores, and what every network said about every image.
+
+    Raises:
+        UsageError: a label is not one of a network's classes, a network returns something other
+            than logits, or there are no images.
+        RunError: a network returns NaN or infinite logits.
+    """
+    within_top5: dict[str, int] = dict.fromkeys(networks, 0)
+    predictions: dict[str, list[Tensor]] = {name: [] for name in networks}
+    seen: list[Tensor] = []
+    done = 0
+    with torch.no_grad():
+        for images, labels in batches:
+            for name, network in networks.items():
+                logits = _checked(name, network(images), labels)
+                within_top5[name] += int(topk_correct(logits, labels, 5).sum())
+                predictions[name].append(logits.argmax(1))
+            seen.append(labels)
+            done += len(labels)
+            if progress is not None:
+                progress(done)
+    if done == 0:
+        raise UsageError("there are no images to evaluate on.")
+    labels = torch.cat(seen)
+    joined = {name: torch.cat(parts) for name, parts in predictions.items()}
+    scores = {name: _score(joined[name], labels, within_top5[name]) for name in networks}
+    return Evaluation(scores, joined, labels)
+
+
+def _score(predictions: Tensor, labels: Tensor, within_top5: int) -> Score:
+    top1 = _percent(predictions == labels)
+    images = len(labels)
+    return Score(top1, 100 * within_top5 / images, standard_error(top1, images), images)
+
+
+def _checked(name: str, logits: object, labels: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(
+            f"network {name!r} returned {what} for {len(labels)} images, not logits of the shape "
+            "[images, classes]: only classifiers can be evaluated."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise UsageError(
+            f"label {low if low < 0 else high} is not one of the {logits.shape[1]} classes of "
+            f"network {name!r}: the data must have the network's classes, in its order."
+        )
+    logits = logits.detach().float().cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise RunError(f"network {name!r} returned NaN or infinite logits: it is damaged.")
+    return logits
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * int(hits.sum()) / len(hits)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The activation quantizer: one learned step for a whole tensor, on one edge of the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import RunError
+from zsq.functional.affine import SMALLEST_SCALE, Grid, fake_quantize, quant_max
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor fake quantization with a learned step (LSQ, arXiv 1902.08153) and QDrop.
+
+    Args:
+        bits: 2 to 8.
+        log_scale: learn the step's logarithm, or the step itself.
+
+    Attributes:
+        drop: probability that an element passes through unquantized (QDrop, arXiv 2203.05740);
+            0 except while a unit is being reconstructed.
+        enabled: False turns the quantizer into the identity.
+        low, high: the codes that may occur, 0 and 2**bits - 1 unless an activation function that
+            was folded in here (ReLU, ReLU6) narrows them.
+    """
+
+    zero_point: Tensor
+    calibrated: Tensor
+
+    def __init__(self, bits: int, *, log_scale: bool = True) -> None:
+        super().__init__()
+        self.bits = bits
+        self.low, self.high = 0, quant_max(bits)
+        self.log_scale = log_scale
+        self.drop = 0.0
+        self.enabled = True
+        self.raw_scale = nn.Parameter(torch.zeros(()) if log_scale else torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    @property
+    def scale(self) -> Tensor:
+        """The step, a positive scalar."""
+        if self.log_scale:
+            return self.raw_scale.exp()
+        return self.raw_scale.abs().clamp(min=SMALLEST_SCALE)
+
+    @torch.no_grad()
+    def set_grid(self, grid: Grid) -> None:
+        """Take over a scale and a zero point (scalars)."""
+        scale = grid.scale.clamp(min=SMALLEST_SCALE)
+        if not bool(torch.isfinite(scale)):
+            raise RunError(f"an activation range is {float(scale)}; the images or weights hold NaN or Inf.")
+        self.raw_scale.copy_(scale.log() if self.log_scale else scale)
+        self.zero_point.copy_(grid.zero_point)
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the quantizer's grid."""
+        if not self.enabled:
+            return x
+        keep = random_mask(x, self.drop) if self.drop > 0 else None
+        return fake_quantize(x, self.scale, self.zero_point, self.high, self.low, keep)
+
+    def extra_repr(self) -> str:
+        """Describe the quantizer in one line."""
+        return f"bits={self.bits}, codes {self.low}..{self.high}"
+
+
+def random_mask(x: Tensor, probability: float) -> Tensor:
+    """Return a mask of ``x``'s shape whose elements are True with ``probability``.
+
+    Probabilities are multiples of 1/256: eight mask elements are drawn from one 64-bit random
+    number, several times faster than one float each on a CPU.
+
+    Example:
+        >>> bool(random_mask(torch.zeros(3, 5), 1.0).all())
+        True
+    """
+    count = x.numel()
+    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None)
+    threshold = round(probability * 256)
+    if threshold > 255:
+        return torch.ones_like(x, dtype=torch.bool)
+    return (words.view(torch.uint8)[:count] < threshold).reshape(x.shape)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished pieces of a run (a batch of images, a unit's weights), kept so that a kill loses little."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zsq.errors import UsageError
+from zsq.runtime.files import atomic_write
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object] | None = None) -> None:
+    """Write named tensors as safetensors, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: any device; stored contiguous.
+        metadata: stored in the header as one JSON text under ``zsq``.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(plain, temporary, metadata={"zsq": json.dumps(metadata or {})})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UsageError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("zsq", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({str(error)[:120]}); it is missing, truncated or not a safetensors file. "
+            "Delete it and run the same command with --resume to make it again."
+        ) from error
+
+
+class Checkpoints:
+    """Named pieces of a run in a folder; without a folder nothing is kept.
+
+    Args:
+        folder: created when the first piece is saved.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Return a piece that was saved before, or None."""
+        path = self._path(name)
+        return load_tensors(path)[0] if path is not None and path.exists() else None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a piece."""
+        path = self._path(name)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, tensors)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a kill or a full disk never leaves half a file behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from zsq.errors import RunError
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` when the block succeeds.
+
+    Args:
+        path: the file to create or replace.
+
+    Yields:
+        An empty file to write to, in the same folder (so that the rename is atomic).
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; ``path`` is as it was before.
+            Failures to write that safetensors and ``torch.save`` report in their own way count too.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic_write(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # O_EXCL: never write through a link that somebody put there. The umask applies as usual.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        if not _is_failed_write(error, path.parent):
+            raise
+        raise RunError(
+            f"cannot write {path}: {_reason(error)}. What was there before is untouched: free some "
+            "space or make the folder writable, then run the same command with --resume."
+        ) from error
+    finally:
+        with suppress(OSError):  # the folder may be what is missing
+            temporary.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Wait until the content is on the disk: some file systems report that they are full only now.
+
+    It also keeps a power cut after the rename from leaving an empty file under the final name.
+    """
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_failed_write(error: Exception, folder: Path) -> bool:
+    """Tell a failure to write into ``folder`` from whatever else went wrong in the block."""
+    if isinstance(error, OSError):
+        # A file name elsewhere means that the block failed to read something.
+        return not isinstance(error.filename, str | os.PathLike) or (
+            Path(error.filename).parent == folder
+        )
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error)
+    # torch.save has no error type of its own; its C++ writer is in inline_container.cc.
+    return isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words what the operating system refused."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    return "the file could not be written to its end, so the disk is probably full"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where and how the loops compute: device, precision, memory format, compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import UsageError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to compute.
+
+    Attributes:
+        device: where.
+        dtype: of convolutions and their inputs while images are synthesised; statistics, losses,
+            latents, steps and optimiser state are float32 always.
+        compile: whether `torch.compile` may be used for loops long enough to repay it.
+    """
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which convolutions and products run in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, channels last."""
+        return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def make_policy(
+    device: str = "cpu", precision: Precision = "auto", compile: bool = True  # noqa: A002
+) -> Policy:
+    """Choose a policy for a device.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` is bf16 where the hardware has it.
+        compile: allow `torch.compile`.
+
+    Raises:
+        UsageError: the device does not exist here.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is unknown; use cpu, cuda or cuda:N.") from error
+    if place.type not in {"cpu", "cuda"}:
+        raise UsageError(f"device {device!r} is not supported; use cpu, cuda or cuda:N.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device!r} does not exist: this PyTorch sees {torch.cuda.device_count()} GPU(s). Use --device cpu."
+        )
+    fast = _has_fast_bf16(place)
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    return Policy(place, dtype, compile)
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(value) for name, value in capabilities.items() if name in {"amx_bf16", "avx512_bf16"})
+
+
+class Compiled:
+    """A function compiled on its first call, or run as it is when compilation fails.
+
+    Args:
+        function: pure tensor code.
+        enabled: compile at all.
+        note: told, in one sentence, when compilation failed.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], *, enabled: bool, note: Callable[[str], None]
+    ) -> None:
+        self.function = function
+        self.compiled: Callable[..., Tensor] | None = (
+            torch.compile(function, dynamic=False) if enabled else None
+        )
+        self.proved = False
+        self.note = note
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Call the function."""
+        if self.compiled is None:
+            return self.function(*arguments)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = self.compiled(*arguments)
+        except Exception as error:
+            if self.proved:
+                raise
+            lines = str(error).strip().splitlines()
+            self.note(
+                f"torch.compile failed ({type(error).__name__}: {lines[0][:120] if lines else ''}); "
+                "going on without it, slower. A C++ compiler is needed on CPUs; --no-compile silences this."
+            )
+            self.compiled = None
+            return self.function(*arguments)
+        self.proved = True
+        return result

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student: the teacher's graph with quantizers on it, and what was decided about it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from zsq.config import Recipe
+from zsq.errors import UsageError
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantize_layers
+from zsq.quantizers.layers import QuantizedLayer
+from zsq.quantizers.protocol import Placement, place
+from zsq.quantizers.weight import SoftRoundWeight, round_to_nearest
+from zsq.functional.affine import search_weight_grid
+from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.teacher import ModelInfo, Teacher
+
+
+class Student(nn.Module):
+    """A quantized network.
+
+    Attributes:
+        network: the graph; layers are `QuantizedLayer`, edges carry `ActivationQuantizer`.
+        placement: what is quantized to how many bits.
+        info: what is known of the model.
+        recipe: what the student was made with.
+    """
+
+    def __init__(self, network: GraphModule, placement: Placement, info: ModelInfo, recipe: Recipe) -> None:
+        super().__init__()
+        self.network = network
+        self.placement = placement
+        self.info = info
+        self.recipe = recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of ``x``, (N, C, H, W) -> (N, classes)."""
+        return self.network(x)  # type: ignore[no-any-return]
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """Return the quantized layers by module path, in execution order."""
+        found = {path: self.network.get_submodule(path) for path in self.placement.weights}
+        return {path: layer for path, layer in found.items() if isinstance(layer, QuantizedLayer)}
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Return the activation quantizers by the name of the node they quantize."""
+        return {name: self.quantizer(name) for name in self.placement.activations}
+
+    def quantizer(self, name: str) -> ActivationQuantizer:
+        """Return the quantizer on the result of the node ``name``."""
+        module = self.network.get_submodule(f"quantizers.{name}")
+        assert isinstance(module, ActivationQuantizer)
+        return module
+
+    def freeze(self) -> Student:
+        """Settle every weight on its integers and every quantizer on always quantizing."""
+        for layer in self.layers().values():
+            layer.freeze()
+        for quantizer in self.quantizers().values():
+            quantizer.drop = 0.0
+        return self.requires_grad_(False).eval()
+
+    def copy(self) -> Student:
+        """Return an independent copy."""
+        return Student(copy.deepcopy(self.network), self.placement, self.info, self.recipe)
+
+
+def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:
+    """Return the float network that a recipe quantizes: batch norms folded or not."""
+    if recipe.fold_batch_norm or recipe.protocol == "integer":
+        return fold_batch_norms(teacher.network)
+    return copy_network(teacher.network)
+
+
+def attach(teacher: Teacher, recipe: Recipe) -> Student:
+    """Put a recipe's quantizers on a copy of the teacher.
+
+    Weights start on their searched grid: learned rounding where the recipe tunes, the nearest code
+    where it does not. Activation quantizers are off until `calibrate_student` or reconstruction
+    gives them a step.
+
+    Args:
+        teacher: stays as it is.
+        recipe: names the protocol, bits and overrides.
+
+    Returns:
+        The student, on the teacher's device.
+
+    Raises:
+        UsageError: nothing to quantize, or an override that matches nothing.
+    """
+    network = prepared_network(teacher, recipe)
+    placement = place(network, recipe.protocol, recipe.bits, recipe.overrides)
+    tuning = recipe.tuning
+
+    def weight_quantizer(layer: nn.Module, bits: int) -> nn.Module:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        grid = search_weight_grid(weight, bits, power=tuning.power)
+        if tuning.steps == 0:
+            return round_to_nearest(weight, bits, grid)
+        return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
+
+    quantize_layers(network, placement, weight_quantizer)
+    insert_quantizers(network, placement, lambda bits: ActivationQuantizer(bits, log_scale=tuning.log_scale))
+    student = Student(network, placement, teacher.info, recipe)
+    for quantizer in student.quantizers().values():
+        quantizer.enabled = False
+    device = next(iter(teacher.network.parameters())).device
+    return student.to(device).eval()
+
+
+@torch.no_grad()
+def calibrate_student(student: Student, images: Tensor, *, batch: int = 128) -> None:
+    """Give every activation quantizer a step, layer after layer, from ``images``.
+
+    Args:
+        student: its uncalibrated quantizers are calibrated and switched on.
+        images: (N, C, H, W), normalised.
+        batch: images per pass.
+
+    Raises:
+        UsageError: ``images`` do not have the student's input shape.
+    """
+    if tuple(images.shape[1:]) != tuple(student.info.input_shape):
+        raise UsageError(
+            f"the images have shape {tuple(images.shape[1:])} but the network takes "
+            f"{tuple(student.info.input_shape)}; use images made for this network."
+        )
+    tuning = student.recipe.tuning
+    names = {n: q for n, q in student.quantizers().items() if not bool(q.calibrated)}
+    batches = list(images[: tuning.calibration_images].split(batch))
+    calibrate(student.network, names, batches, power=tuning.power, asymmetric=tuning.asymmetric)
+    for quantizer in names.values():
+        quantizer.enabled = True

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GENIE-D: images from the statistics that batch norms remember (arXiv 2212.04780, section 4.1).
+
+Every image owns a latent vector, a batch of images shares a small generator, and both learn until
+the batch, sent through the frozen teacher, has the mean and standard deviation that each batch norm
+saw in training. Strided convolutions see their input shifted at random (swing convolution), so that
+all pixels take part. Batches are independent.
+
+The published command line swaps its two learning rates where it uses them; `latent_lr` and
+`generator_lr` are what is executed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zsq.config import Synthesis
+from zsq.errors import RunError
+from zsq.functional.shift import random_offsets
+from zsq.functional.statistics import batch_norm_loss, image_loss
+from zsq.runtime.context import Context
+from zsq.runtime.policy import Compiled
+from zsq.runtime.seeds import seeded
+from zsq.runtime.tasks import Task
+from zsq.synthesis.generator import Generator
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.taps import strided_nodes, tap_batch_norms
+from zsq.teacher.teacher import Teacher
+
+#: Compiling takes tens of seconds; shorter runs go without.
+MIN_STEPS_TO_COMPILE = 250
+#: Steps between two records of the loss, and between two looks for NaN.
+RECORD_EVERY = 50
+
+
+class Plateau:
+    """Divide a learning rate by ten when the loss stops falling, without reading the device.
+
+    The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` with a relative threshold of 1e-4,
+    applied after every step, on tensors.
+
+    Args:
+        rate: the learning rate, a scalar tensor that is changed in place.
+        patience: steps without a better loss that are tolerated.
+        floor: the smallest rate.
+    """
+
+    def __init__(self, rate: Tensor, patience: int, floor: float = 1e-4) -> None:
+        self.rate, self.patience, self.floor = rate, patience, floor
+        self.best = torch.full_like(rate, torch.inf)
+        self.waited = torch.zeros_like(rate)
+
+    def step(self, loss: Tensor) -> None:
+        """Take note of a loss."""
+        better = loss < self.best * (1 - 1e-4)
+        self.best = torch.where(better, loss, self.best)
+        self.waited = torch.where(better, 0.0, self.waited + 1)
+        late = self.waited > self.patience
+        self.rate.copy_(torch.where(late, (self.rate * 0.1).clamp(min=self.floor), self.rate))
+        self.waited = torch.where(late, 0.0, self.waited)
+
+
+def batch_sizes(images: int, batch: int) -> list[int]:
+    """Split ``images`` into the fewest batches of at most ``batch``, as equal as possible.
+
+    Statistics of a tiny last batch would be noise, so the remainder is spread.
+
+    Example:
+        >>> batch_sizes(300, 128)
+        [100, 100, 100]
+    """
+    count = math.ceil(images / batch)
+    return [images // count + (i < images % count) for i in range(count)]
+
+
+@dataclass
+class _Objective:
+    """The loss of a batch of latents, as one function of tensors that a compiler can take whole."""
+
+    generator: Generator
+    tapped: nn.Module
+    means: list[Tensor]
+    stds: list[Tensor]
+    context: Context
+
+    def __call__(self, z: Tensor, offsets: Tensor | None) -> Tensor:
+        images = self.images(z)
+        with self.context.policy.autocast():
+            inputs = self.tapped(images) if offsets is None else self.tapped(images, offsets)
+        return batch_norm_loss(inputs, self.means, self.stds) + image_loss(images)
+
+    def images(self, z: Tensor) -> Tensor:
+        with self.context.policy.autocast():
+            images: Tensor = self.generator(z)
+        return images
+
+
+def synthesize_genie(teacher: Teacher, settings: Synthesis, context: Context) -> ImageSet:
+    """Make images from a teacher's batch norm statistics with GENIE-D.
+
+    Args:
+        teacher: must have batch norms with running statistics.
+        settings: of the recipe.
+        context: finished batches are taken from, and kept in, its checkpoints.
+
+    Returns:
+        ``settings.images`` images; labels are the teacher's predictions.
+
+    Raises:
+        UsageError: no batch norm has running statistics.
+        RunError: the loss became NaN.
+    """
+    policy = context.policy
+    swing = settings.swing and bool(strided_nodes(teacher.network))
+    tapped, targets = tap_batch_norms(teacher.network, swing=swing)
+    objective = _Objective(
+        policy.place(Generator(settings.latent, teacher.info.input_shape)), policy.place(tapped),
+        [t.mean.to(policy.device) for t in targets], [t.std.to(policy.device) for t in targets], context,
+    )  # fmt: skip
+    sizes = batch_sizes(settings.images, settings.batch)
+    worth = policy.compile and settings.steps * len(sizes) >= MIN_STEPS_TO_COMPILE
+    loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
+    shifts = len(strided_nodes(teacher.network)) if swing else 0
+    made, losses = [], []
+    for index, size in enumerate(sizes):
+        name = f"synthesis_{index:03d}"
+        piece = context.checkpoints.load(name)
+        if piece is None:
+            title = f"synthesis, batch {index + 1} of {len(sizes)}"
+            with (
+                seeded(context.seed, "synthesis", index),
+                context.reporter.task(title, settings.steps) as task,
+            ):
+                piece = _one_batch(objective, loss_function, settings, size, shifts, index, task)
+            context.checkpoints.save(name, piece)
+            context.flush()
+        made.append(piece["images"])
+        losses.append(float(piece["loss"]))
+    images = torch.cat(made)
+    provenance: dict[str, object] = {
+        "method": "genie", "settings": settings.model_dump(mode="json"), "seed": context.seed,
+        "model": teacher.info.reference, "batch_losses": losses, "synthetic": True,
+    }  # fmt: skip
+    return ImageSet(images, predict(teacher, images, context), provenance)
+
+
+def _one_batch(
+    objective: _Objective, loss_function: Compiled, settings: Synthesis, size: int, shifts: int,
+    index: int, task: Task,
+) -> dict[str, Tensor]:  # fmt: skip
+    context, device = objective.context, objective.context.policy.device
+    objective.generator.reset_parameters()
+    z = torch.randn(size, settings.latent).to(device).requires_grad_()
+    latent_rate = torch.tensor(settings.latent_lr, device=device)
+    generator_rate = torch.tensor(settings.generator_lr, device=device)
+    optimizers = [
+        torch.optim.Adam([z], lr=latent_rate, fused=True),
+        torch.optim.Adam(objective.generator.parameters(), lr=generator_rate, fused=True),
+    ]
+    plateau = Plateau(latent_rate, settings.plateau_patience)
+    loss, kept = torch.zeros(()), z.detach()
+    for step in range(settings.steps):
+        offsets = random_offsets(shifts, device) if shifts else None
+        last = step == settings.steps - 1
+        if last:  # the images that are kept are those of the last forward pass, before its update
+            with torch.no_grad():
+                kept = objective.images(z)
+        loss = loss_function(z, offsets)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        plateau.step(loss.detach())
+        if (step + 1) % settings.decay_every == 0:
+            generator_rate.mul_(settings.generator_decay)
+        if step % RECORD_EVERY == 0 or last:
+            _record(context, loss.detach(), index * settings.steps + step, index)
+        task.advance(1, loss=loss.detach())
+    return {"images": kept.float().cpu().contiguous(), "loss": loss.detach().cpu()}
+
+
+def _record(context: Context, loss: Tensor, step: int, index: int) -> None:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise RunError(
+            f"the synthesis loss became {value} at step {step}. Lower synthesis.latent_lr or "
+            "synthesis.generator_lr with --set, or try --precision fp32."
+        )
+    context.record("synthesis", step, loss=value, batch=index)
+
+
+@torch.no_grad()
+def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
+    """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
+    network = context.policy.place(teacher.network)
+    return torch.cat(
+        [network(part.to(context.policy.device)).argmax(1).cpu() for part in images.split(128)]
+    )

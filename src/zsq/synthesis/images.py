@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A set of images to quantize with: synthetic or real, with labels and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zsq.errors import UsageError
+from zsq.runtime.checkpoints import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in the teacher's normalised input space.
+
+    Attributes:
+        images: (N, C, H, W) float32.
+        labels: (N,) int64; the teacher's own predictions for synthetic images.
+        provenance: how they came about: method, settings, model, seed, losses.
+    """
+
+    images: Tensor
+    labels: Tensor
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        save_tensors(path, {"images": self.images, "labels": self.labels}, self.provenance)
+
+    @classmethod
+    def load(cls, path: Path) -> ImageSet:
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: not such a file.
+        """
+        tensors, provenance = load_tensors(path)
+        if set(tensors) != {"images", "labels"} or tensors["images"].ndim != 4:
+            raise UsageError(f"{path} holds {sorted(tensors)}, not images and labels.")
+        return cls(tensors["images"].float(), tensors["labels"].long(), provenance)
+
+    def check(self, input_shape: tuple[int, ...]) -> ImageSet:
+        """Return self if the images suit a network's input.
+
+        Raises:
+            UsageError: another shape, no images, or NaN among the pixels.
+        """
+        if len(self) == 0:
+            raise UsageError("the image set is empty; at least one image is needed.")
+        if tuple(self.images.shape[1:]) != tuple(input_shape):
+            raise UsageError(
+                f"the images have shape {tuple(self.images.shape[1:])} but the network takes "
+                f"{tuple(input_shape)}; use images made for this network."
+            )
+        if not bool(torch.isfinite(self.images).all()):
+            raise UsageError("the images hold NaN or Inf.")
+        return self

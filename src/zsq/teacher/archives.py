@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks saved with ``torch.export.save``, read without running code from the file.
+
+``torch.export.load`` itself unpickles freely, evaluates shape expressions as Python, looks
+operators up anywhere in ``torch`` and loads native libraries. So the archive is looked through
+first, with the same reader, and whatever could run code is refused unless the caller allows it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.pt2_archive import PT2ArchiveReader
+
+from zsq.errors import UsageError
+from zsq.teacher.checkpoints import ALLOW_PICKLE_MEANING, describe, require_file
+
+# Folders of the archive and what may lie in them.
+_WEIGHTS = re.compile(r"data/(weights|constants)/(weight|tensor)_\d+")
+_PAYLOAD_CONFIG = re.compile(r"data/(weights|constants)/\w+_config\.json")
+_SAMPLE_INPUTS = re.compile(r"data/sample_inputs/\w+\.pt")
+_GRAPH = re.compile(r"models/\w+\.json")
+_INERT = re.compile(r"archive_format|archive_version|byteorder|\.data/.*|extra/.*|\.format_version")
+
+_TARGET = re.compile(
+    r"torch\.ops\.(aten|prim|prims|higher_order)(\.[a-zA-Z]\w*|\._[a-z]\w*)+"
+    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|math\.\w+|torch\.(sym_\w+|_sym_\w+)"
+)
+# Shape expressions are names of symbols and CamelCase sympy classes; code would need more, such as
+# a function in lower case, an attribute, or a string with brackets in it.
+_EXPRESSION = re.compile(r"[\w\s(),.+\-*/<>=!%]*")
+_NAME = re.compile(r"[A-Z]\w*|[a-z]{1,3}\d+|int_oo|oo|positive|integer|nonnegative|real|precision")
+
+
+def load_exported(path: str | Path, *, allow_pickle: bool = False) -> ExportedProgram:
+    """Load a ``.pt2`` file that ``torch.export.save`` wrote.
+
+    Args:
+        path: the file.
+        allow_pickle: skip the search for content that can run code.
+
+    Raises:
+        UsageError: the file is missing or damaged, or could run code and ``allow_pickle`` is off.
+    """
+    path = require_file(path)
+    try:
+        reason = None if allow_pickle else _find_code(path)
+        if reason is None:
+            return torch.export.load(path) if allow_pickle else _load_screened(path)
+    except Exception as error:  # damaged archives raise anything
+        raise UsageError(
+            f"{path} cannot be read as a torch.export archive ({describe(error)}): it is "
+            f"truncated, damaged or from an incompatible PyTorch (this is {torch.__version__}); "
+            "save it again with torch.export.save."
+        ) from error
+    raise UsageError(f"{path} {reason}, which could run code on loading; {ALLOW_PICKLE_MEANING}.")
+
+
+def _load_screened(path: Path) -> ExportedProgram:
+    # torch.export.load would retry a file that fails here in an older format, not looked through.
+    from torch.export.pt2_archive._package import load_pt2
+
+    program = load_pt2(str(path)).exported_programs["model"]
+    assert isinstance(program, ExportedProgram)
+    return program
+
+
+def _find_code(path: Path) -> str | None:
+    """Return what in the archive could run code, as the end of a sentence; None when nothing."""
+    with PT2ArchiveReader(str(path)) as reader:
+        for name in reader.get_file_names():
+            if _GRAPH.fullmatch(name) or _PAYLOAD_CONFIG.fullmatch(name):
+                reason = _look_through_json(json.loads(reader.read_bytes(name)))
+            elif _SAMPLE_INPUTS.fullmatch(name):
+                reason = _look_through_pickle(reader.read_bytes(name))
+            elif _WEIGHTS.fullmatch(name) or _INERT.fullmatch(name):
+                reason = None
+            else:
+                reason = f"holds {name!r}"
+            if reason is not None:
+                return reason
+    return None
+
+
+def _look_through_pickle(content: bytes) -> str | None:
+    if not content:
+        return None
+    try:
+        torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:
+        return f"holds pickled objects ({describe(error)})"
+    return None
+
+
+def _look_through_json(content: object) -> str | None:
+    for key, value in _entries(content):
+        if key == "target" and isinstance(value, str) and not _TARGET.fullmatch(value):
+            return f"calls {value!r}"
+        if key == "expr_str" and not (isinstance(value, str) and _is_expression(value)):
+            return f"holds the expression {value!r}"
+        if key == "use_pickle" and value:
+            return "holds pickled tensors"
+    return None
+
+
+def _is_expression(text: str) -> bool:
+    text = re.sub(r"'[\w.+-]*'", "", text)
+    if not _EXPRESSION.fullmatch(text) or re.search(r"\.(?!\d)", text):
+        return False
+    return all(_NAME.fullmatch(name) for name in re.findall(r"[^\W\d]\w*", text))
+
+
+def _entries(content: object) -> Iterator[tuple[str, object]]:
+    """Every key and value of nested JSON objects."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key, value
+            yield from _entries(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value)
