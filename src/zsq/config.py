@@ -26,8 +26,8 @@ class _Part(BaseModel):
 class Bits(_Part):
     """Bits per weight and per activation, written ``w4a4``."""
 
-    weights: int = Field(4, ge=2, le=8)
-    activations: int = Field(4, ge=2, le=8)
+    weights: int = Field(default=4, ge=2, le=8)
+    activations: int = Field(default=4, ge=2, le=8)
 
     @classmethod
     def parse(cls, text: str) -> Bits:
@@ -43,7 +43,8 @@ class Bits(_Part):
         match = re.fullmatch(r"[wW]([2-8])[aA]([2-8])", text)
         if not match:
             raise UsageError(
-                f"bits {text!r} is not of the form w4a4, with 2 to 8 bits for weights and activations."
+                f"bits {text!r} is not of the form w4a4, with 2 to 8 bits for weights and "
+                "activations."
             )
         return cls(weights=int(match[1]), activations=int(match[2]))
 
@@ -51,8 +52,8 @@ class Bits(_Part):
         return f"w{self.weights}a{self.activations}"
 
 
-def _to_bits(value: Any) -> Any:
-    return Bits.parse(value) if isinstance(value, str) else value
+def _to_bits(value: object) -> object:
+    return value if isinstance(value, (dict, Bits)) else Bits.parse(str(value))
 
 
 class Override(_Part):
@@ -60,8 +61,8 @@ class Override(_Part):
 
     match: str
     """Glob on module paths, e.g. ``*.identity_conv.*``."""
-    weights: int | None = Field(None, ge=2, le=8)
-    activations: int | None = Field(None, ge=2, le=8)
+    weights: int | None = Field(default=None, ge=2, le=8)
+    activations: int | None = Field(default=None, ge=2, le=8)
     """Bits of the tensor that the layer reads."""
 
 
@@ -69,20 +70,20 @@ class Synthesis(_Part):
     """GENIE-D (arXiv 2212.04780, section 4.1): how calibration images are made."""
 
     method: Literal["genie"] = "genie"
-    images: int = Field(1024, ge=1)
+    images: int = Field(default=1024, ge=1)
     """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
-    batch: int = Field(128, ge=2)
+    batch: int = Field(default=128, ge=2)
     """Images that share a generator and batch statistics."""
-    steps: int = Field(4000, ge=1)
+    steps: int = Field(default=4000, ge=1)
     """Optimisation steps per batch."""
-    latent: int = Field(256, ge=1)
+    latent: int = Field(default=256, ge=1)
     """Length of each image's latent vector."""
-    latent_lr: float = Field(0.1, gt=0)
-    generator_lr: float = Field(0.01, gt=0)
-    generator_decay: float = Field(0.95, gt=0, le=1)
+    latent_lr: float = Field(default=0.1, gt=0)
+    generator_lr: float = Field(default=0.01, gt=0)
+    generator_decay: float = Field(default=0.95, gt=0, le=1)
     """Factor on the generator's rate every ``decay_every`` steps."""
-    decay_every: int = Field(100, ge=1)
-    plateau_patience: int = Field(100, ge=1)
+    decay_every: int = Field(default=100, ge=1)
+    plateau_patience: int = Field(default=100, ge=1)
     """Steps without a relatively 1e-4 better loss before the latents' rate falls to a tenth."""
     swing: bool = True
     """Shift the input of strided convolutions at random (swing convolution)."""
@@ -92,36 +93,36 @@ class Tuning(_Part):
     """GENIE-M (arXiv 2212.04780, section 4.2) and, as settings, AdaRound, BRECQ and QDrop."""
 
     method: Literal["reconstruct"] = "reconstruct"
-    steps: int = Field(20000, ge=0)
+    steps: int = Field(default=20000, ge=0)
     """Steps per reconstruction unit; 0 rounds to nearest."""
-    batch: int = Field(32, ge=1)
+    batch: int = Field(default=32, ge=1)
     unit: Literal["block", "layer"] = "block"
     """What is reconstructed at a time: blocks found on the graph, or single layers."""
-    drop: float = Field(0.5, ge=0, le=1)
+    drop: float = Field(default=0.5, ge=0, le=1)
     """Probability that an activation passes through unquantized (QDrop)."""
-    mix: float = Field(0.5, ge=0, le=1)
+    mix: float = Field(default=0.5, ge=0, le=1)
     """Share of a unit's input elements that come from the quantized network, not the teacher."""
     learn_weight_scale: bool = True
     learn_activation_scale: bool = True
-    scale_lr: float = Field(5e-3, gt=0)
+    scale_lr: float = Field(default=5e-3, gt=0)
     """Rate of the weight steps; relative to the step where ``log_scale``."""
-    activation_lr: float = Field(1e-3, gt=0)
+    activation_lr: float = Field(default=1e-3, gt=0)
     """Rate of the activation steps; relative to the step where ``log_scale``."""
     log_scale: bool = True
     """Learn steps by their logarithm: the same relative speed in every layer."""
-    rounding_lr: float = Field(1e-3, gt=0)
+    rounding_lr: float = Field(default=1e-3, gt=0)
     """Rate of the soft bits."""
-    rounding_weight: float = Field(1.0, ge=0)
+    rounding_weight: float = Field(default=1.0, ge=0)
     """Lambda: weight of the regulariser that decides the soft bits."""
-    warmup: float = Field(0.2, ge=0, lt=1)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps before the regulariser starts."""
     beta_start: float = 20.0
     beta_end: float = 2.0
-    power: float = Field(2.4, gt=0)
+    power: float = Field(default=2.4, gt=0)
     """Exponent of the error that chooses initial steps."""
     asymmetric: bool = True
     """Let two-sided activations have an off-centre zero point."""
-    calibration_images: int = Field(256, ge=1)
+    calibration_images: int = Field(default=256, ge=1)
     """Images that choose the first activation steps."""
 
 
@@ -153,7 +154,7 @@ def load_recipe(
     *,
     schedule: Literal["quick", "full"] = "full",
     settings: Iterable[str] = (),
-    **changes: Any,
+    **changes: object,
 ) -> Recipe:
     """Read a recipe and apply changes to it.
 
@@ -175,23 +176,22 @@ def load_recipe(
     """
     data = source.model_dump() if isinstance(source, Recipe) else _read(source)
     if schedule == "quick":
-        for key, value in (data.get("quick") or {}).items():
-            _assign(data, key, value)
+        quick = data.get("quick")
+        for key, value in quick.items() if isinstance(quick, dict) else ():
+            _assign(data, str(key), value)
     for key, value in changes.items():
         if value is not None:
             data[key] = value
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting!r} is not of the form KEY=VALUE, e.g. tuning.steps=500.")
-        _assign(data, key.strip(), yaml.safe_load(text))
+        _apply(data, setting)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise UsageError(
-            f"recipe setting {key!r} (={first.get('input')!r}): {first['msg']}. "
+            f"recipe setting {key!r} (={first.get('input')!r}): {reason}. "
             "`zsq recipes NAME` lists every setting with its meaning."
         ) from error
 
@@ -200,9 +200,9 @@ def _read(source: str | Path) -> dict[str, Any]:
     text = str(source)
     packaged = files("zsq").joinpath("recipes", f"{text}.yaml")
     if re.fullmatch(r"[\w+.-]+", text) and packaged.is_file():
-        content = packaged.read_text(encoding="utf-8")
+        content = packaged.read_bytes()
     elif text.endswith((".yaml", ".yml")) and Path(text).is_file():
-        content = Path(text).read_text(encoding="utf-8")
+        content = Path(text).read_bytes()
     else:
         raise UsageError(
             f"recipe {text!r} is neither a YAML file nor one of {', '.join(recipe_names())}."
@@ -212,11 +212,25 @@ def _read(source: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {text!r} is not readable YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UsageError(f"recipe {text!r} must be a mapping of settings, not {type(data).__name__}.")
+        raise UsageError(
+            f"recipe {text!r} must be a mapping of settings, not {type(data).__name__}."
+        )
     return data
 
 
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+def _apply(data: dict[str, Any], setting: str) -> None:
+    """Carry out one ``--set KEY=VALUE``."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise UsageError(f"--set {setting!r} is not of the form KEY=VALUE, e.g. tuning.steps=500.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting!r}: the value is not readable YAML: {error}") from error
+    _assign(data, key.strip(), value)
+
+
+def _assign(data: dict[str, Any], key: str, value: object) -> None:
     """Set a dotted key; unknown keys are left for validation to name."""
     *parents, last = key.split(".")
     place: dict[str, Any] = data

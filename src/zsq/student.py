@@ -11,12 +11,12 @@ from torch.fx import GraphModule
 
 from zsq.config import Recipe
 from zsq.errors import UsageError
+from zsq.functional.affine import search_weight_grid
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantize_layers
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.protocol import Placement, place
 from zsq.quantizers.weight import SoftRoundWeight, round_to_nearest
-from zsq.functional.affine import search_weight_grid
 from zsq.teacher.fold import fold_batch_norms
 from zsq.teacher.teacher import ModelInfo, Teacher
 
@@ -31,7 +31,9 @@ class Student(nn.Module):
         recipe: what the student was made with.
     """
 
-    def __init__(self, network: GraphModule, placement: Placement, info: ModelInfo, recipe: Recipe) -> None:
+    def __init__(
+        self, network: GraphModule, placement: Placement, info: ModelInfo, recipe: Recipe
+    ) -> None:
         super().__init__()
         self.network = network
         self.placement = placement
@@ -62,7 +64,7 @@ class Student(nn.Module):
         for layer in self.layers().values():
             layer.freeze()
         for quantizer in self.quantizers().values():
-            quantizer.drop = 0.0
+            quantizer.settle()
         return self.requires_grad_(False).eval()
 
     def copy(self) -> Student:
@@ -107,7 +109,9 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
         return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
 
     quantize_layers(network, placement, weight_quantizer)
-    insert_quantizers(network, placement, lambda bits: ActivationQuantizer(bits, log_scale=tuning.log_scale))
+    insert_quantizers(
+        network, placement, lambda bits: ActivationQuantizer(bits, log_scale=tuning.log_scale)
+    )
     student = Student(network, placement, teacher.info, recipe)
     for quantizer in student.quantizers().values():
         quantizer.enabled = False
@@ -134,7 +138,7 @@ def calibrate_student(student: Student, images: Tensor, *, batch: int = 128) -> 
         )
     tuning = student.recipe.tuning
     names = {n: q for n, q in student.quantizers().items() if not bool(q.calibrated)}
-    batches = list(images[: tuning.calibration_images].split(batch))
+    batches = list(torch.split(images[: tuning.calibration_images], batch))
     calibrate(student.network, names, batches, power=tuning.power, asymmetric=tuning.asymmetric)
     for quantizer in names.values():
         quantizer.enabled = True

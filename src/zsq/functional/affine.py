@@ -53,7 +53,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int =
         low: smallest code.
 
     Example:
-        >>> quantize(torch.tensor([-1.0, 0.0, 0.26, 9.0]), torch.tensor(0.1), torch.tensor(0), 15).tolist()
+        >>> x = torch.tensor([-1.0, 0.0, 0.26, 9.0])
+        >>> quantize(x, torch.tensor(0.1), torch.tensor(0), 15).tolist()
         [0.0, 0.0, 3.0, 15.0]
     """
     s, z = per_channel(scale, x), per_channel(zero_point, x)
@@ -66,14 +67,14 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize with LSQ's gradients, keeping only two tensors for the backward pass.
+    """Quantize and dequantize with LSQ's gradients, keeping two tensors for the backward pass.
 
     Written out because autograd's own version of the same formula stores and re-reads eight tensors
-    of the activation's size, which is what a reconstruction step on small blocks spends its time on.
+    of the activation's size, which is what a step on small blocks spends its time on.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, keep: Tensor | None,
     ) -> Tensor:  # fmt: skip
@@ -92,7 +93,7 @@ class _FakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         inside, slope = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -104,7 +105,12 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int = 0, keep: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    high: int,
+    low: int = 0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize ``x`` with one scale for the whole tensor (LSQ, arXiv 1902.08153).
 
@@ -144,7 +150,9 @@ class Grid:
     error: Tensor
 
 
-def _grid_of_range(low: Tensor, high: Tensor, codes: int, zero_in_range: bool) -> tuple[Tensor, Tensor]:
+def _grid_of_range(
+    low: Tensor, high: Tensor, codes: int, zero_in_range: bool
+) -> tuple[Tensor, Tensor]:
     if zero_in_range:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = ((high - low) / codes).clamp(min=SMALLEST_SCALE)
@@ -185,7 +193,12 @@ def _search(
 
 @torch.no_grad()
 def search_weight_grid(
-    weight: Tensor, bits: int, *, power: float = 2.4, candidates: int = 100, zero_in_range: bool = True
+    weight: Tensor,
+    bits: int,
+    *,
+    power: float = 2.4,
+    candidates: int = 100,
+    zero_in_range: bool = True,
 ) -> Grid:
     """Find each output channel's asymmetric grid: min and max shrunk together (GENIE, BRECQ).
 

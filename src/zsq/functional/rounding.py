@@ -44,7 +44,9 @@ def rounding_regularizer(h: Tensor, beta: Tensor | float) -> Tensor:
     return (1.0 - (2.0 * h - 1.0).abs().pow(beta)).sum()
 
 
-def beta_at(step: int, steps: int, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float:
+def beta_at(
+    step: int, steps: int, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2
+) -> float:
     """Return the regulariser's exponent at ``step`` of ``steps``: flat, then linear to ``end``.
 
     Args:

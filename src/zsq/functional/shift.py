@@ -32,7 +32,7 @@ def shift_matrix(offset: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 class Shift(nn.Module):
-    """Shift the last two axes of an image batch by at most one pixel, the same for the whole batch."""
+    """Shift the last two axes of images by at most one pixel, the same for the whole batch."""
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Shift ``x`` (N, C, H, W) by ``offsets`` (2,), vertical and horizontal, each 0, 1 or 2."""

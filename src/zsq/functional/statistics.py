@@ -40,7 +40,9 @@ def mean_std(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     return first + center, torch.sqrt(variance)
 
 
-def batch_norm_loss(inputs: Sequence[Tensor], means: Sequence[Tensor], stds: Sequence[Tensor]) -> Tensor:
+def batch_norm_loss(
+    inputs: Sequence[Tensor], means: Sequence[Tensor], stds: Sequence[Tensor]
+) -> Tensor:
     """Distance between batch statistics and stored ones (GENIE, arXiv 2212.04780, section 4.1).
 
     Per layer the squared differences of mean and standard deviation, averaged over channels; summed

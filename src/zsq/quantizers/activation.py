@@ -51,10 +51,19 @@ class ActivationQuantizer(nn.Module):
         """Take over a scale and a zero point (scalars)."""
         scale = grid.scale.clamp(min=SMALLEST_SCALE)
         if not bool(torch.isfinite(scale)):
-            raise RunError(f"an activation range is {float(scale)}; the images or weights hold NaN or Inf.")
+            raise RunError(
+                f"an activation range is {float(scale)}; the images or weights hold NaN or Inf."
+            )
         self.raw_scale.copy_(scale.log() if self.log_scale else scale)
         self.zero_point.copy_(grid.zero_point)
         self.calibrated.fill_(True)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the step a constant, as it will be saved, and always quantize."""
+        self.raw_scale.copy_(self.scale)
+        self.log_scale = False
+        self.drop = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the quantizer's grid."""

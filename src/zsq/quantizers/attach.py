@@ -43,8 +43,8 @@ def insert_quantizers(
     if not hasattr(network, "quantizers"):
         network.add_module("quantizers", nn.Module())
     for name, bits in placement.activations.items():
-        if name not in network.quantizers._modules:  # type: ignore[union-attr,operator]
-            network.quantizers.add_module(name, make(bits))  # type: ignore[union-attr,operator]
+        if name not in network.quantizers._modules:  # type: ignore[union-attr]
+            network.quantizers.add_module(name, make(bits))  # type: ignore[union-attr]
         _insert_behind(network, nodes[name], quantizer_path(name))
     for name, owner in placement.shared.items():
         _insert_behind(network, nodes[name], quantizer_path(owner))
@@ -98,7 +98,7 @@ class _Recorder(Interpreter):
         self.samples: dict[str, list[Tensor]] = {name: [] for name in wanted}
         self.room = SAMPLE
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> Any:  # noqa: ANN401 - as the base class has it
         result = super().run_node(n)
         if n.name in self.wanted:
             self.samples[n.name].append(_sample(result, self.room))

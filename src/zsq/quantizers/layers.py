@@ -67,7 +67,9 @@ class QuantizedLayer(nn.Module):
             TypeError: the layer is still being tuned.
         """
         if not isinstance(self.weight, FrozenWeight):
-            raise TypeError(f"the layer's weight is still a {type(self.weight).__name__}; freeze() it first.")
+            raise TypeError(
+                f"the layer's weight is still a {type(self.weight).__name__}; freeze() it first."
+            )
         return self.weight
 
     @torch.no_grad()
@@ -78,12 +80,18 @@ class QuantizedLayer(nn.Module):
         differ from the simulation's.
         """
         if self.bias is not None:
-            step = (input_scale * self.weight.scale).double()  # type: ignore[operator,union-attr]
+            step = (input_scale * self.weight.scale).double()  # type: ignore[operator]
             self.bias.copy_(torch.round(self.bias.double() / step).mul(step))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
         """Copy the layer; operators are singletons that cannot be deep-copied themselves."""
-        copied = QuantizedLayer(self.operator, self.arguments, copy.deepcopy(self.weight, memo), self.bias)
+        copied = QuantizedLayer(
+            self.operator, self.arguments, copy.deepcopy(self.weight, memo), self.bias
+        )
+        copied.train(self.training)
+        for name, child in self.named_children():  # modules nested below the layer's path
+            if name != "weight":
+                copied.add_module(name, copy.deepcopy(child, memo))
         memo[id(self)] = copied
         return copied
 

@@ -51,7 +51,6 @@ class Placement:
         activations: bits of each quantized tensor, by the name of the node that produces it.
         shared: nodes whose result must be put on another node's grid again (it is there already;
             integer runtimes want to be told), as {node: node that owns the quantizer}.
-        low: producers in ``activations`` that carry the recipe's activation bits, not the fixed 8.
     """
 
     protocol: str
@@ -170,7 +169,8 @@ def place(
     layers = layer_nodes(network)
     if not layers:
         raise UsageError(
-            "the network has no convolution or linear layer with a stored weight; nothing to quantize."
+            "the network has no convolution or linear layer with a stored weight; nothing to "
+            "quantize."
         )
     paths = list(dict.fromkeys(str(n.target) for n in layers))
     weights = dict.fromkeys(paths, bits.weights)
@@ -185,13 +185,17 @@ def place(
 
 
 def _override(
-    overrides: Iterable[Override], layers: list[Node], weights: dict[str, int], activations: dict[Node, int]
+    overrides: Iterable[Override],
+    layers: list[Node],
+    weights: dict[str, int],
+    activations: dict[Node, int],
 ) -> None:
     for override in overrides:
         matched = [n for n in layers if fnmatchcase(str(n.target), override.match)]
         if not matched:
             raise UsageError(
-                f"the override for {override.match!r} matches no layer; `zsq inspect` lists their names."
+                f"the override for {override.match!r} matches no layer; `zsq inspect` lists their "
+                "names."
             )
         for node in matched:
             if override.weights is not None:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from zsq.functional.affine import (
-    SMALLEST_SCALE, Grid, dequantize, per_channel, quant_max, quantize, search_weight_grid,
+    SMALLEST_SCALE,
+    Grid,
+    dequantize,
+    per_channel,
+    quant_max,
+    quantize,
+    search_weight_grid,
 )  # fmt: skip
 from zsq.functional.rounding import inverse_rectified_sigmoid, rectified_sigmoid
 

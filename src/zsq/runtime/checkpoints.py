@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished pieces of a run (a batch of images, a unit's weights), kept so that a kill loses little."""
+"""Finished pieces of a run (a batch of images, a unit's weights), so that a kill loses little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, object] | None = None
+) -> None:
     """Write named tensors as safetensors, whole or not at all.
 
     Args:
@@ -39,11 +41,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("zsq", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, metadata
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(
-            f"{path} cannot be read ({str(error)[:120]}); it is missing, truncated or not a safetensors file. "
-            "Delete it and run the same command with --resume to make it again."
+            f"{path} cannot be read ({str(error)[:120]}); it is missing, truncated or not a "
+            "safetensors file. Delete it and run the same command with --resume to make it again."
         ) from error
 
 

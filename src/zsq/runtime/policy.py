@@ -6,14 +6,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zsq.errors import UsageError
 
+_Module = TypeVar("_Module", bound=nn.Module)
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -28,7 +29,7 @@ class Policy:
         compile: whether `torch.compile` may be used for loops long enough to repay it.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     compile: bool = False
 
@@ -36,14 +37,12 @@ class Policy:
         """Return a context in which convolutions and products run in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: _Module) -> _Module:
         """Move a module to the device, channels last."""
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def make_policy(
-    device: str = "cpu", precision: Precision = "auto", compile: bool = True  # noqa: A002
-) -> Policy:
+def make_policy(device: str = "cpu", precision: Precision = "auto", compile: bool = True) -> Policy:
     """Choose a policy for a device.
 
     Args:
@@ -62,10 +61,13 @@ def make_policy(
         raise UsageError(f"device {device!r} is not supported; use cpu, cuda or cuda:N.")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device {device!r} does not exist: this PyTorch sees {torch.cuda.device_count()} GPU(s). Use --device cpu."
+            f"device {device!r} does not exist: this PyTorch sees {torch.cuda.device_count()} "
+            "GPU(s). Use --device cpu."
         )
     fast = _has_fast_bf16(place)
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    dtype = (
+        torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    )
     return Policy(place, dtype, compile)
 
 
@@ -73,7 +75,9 @@ def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     capabilities = torch.cpu.get_capabilities()
-    return any(bool(value) for name, value in capabilities.items() if name in {"amx_bf16", "avx512_bf16"})
+    return any(
+        bool(value) for name, value in capabilities.items() if name in {"amx_bf16", "avx512_bf16"}
+    )
 
 
 class Compiled:
@@ -95,7 +99,7 @@ class Compiled:
         self.proved = False
         self.note = note
 
-    def __call__(self, *arguments: Any) -> Tensor:
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
         """Call the function."""
         if self.compiled is None:
             return self.function(*arguments)
@@ -108,8 +112,9 @@ class Compiled:
                 raise
             lines = str(error).strip().splitlines()
             self.note(
-                f"torch.compile failed ({type(error).__name__}: {lines[0][:120] if lines else ''}); "
-                "going on without it, slower. A C++ compiler is needed on CPUs; --no-compile silences this."
+                f"torch.compile failed ({type(error).__name__}: {''.join(lines[:1])[:120]}); going "
+                "on without it, slower. A C++ compiler is needed on CPUs; --no-compile silences "
+                "this."
             )
             self.compiled = None
             return self.function(*arguments)

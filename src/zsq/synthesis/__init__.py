@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images from a network: one file per paper."""

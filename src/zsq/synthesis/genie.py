@@ -99,6 +99,18 @@ class _Objective:
         return images
 
 
+def _objective(teacher: Teacher, settings: Synthesis, shifts: int, context: Context) -> _Objective:
+    policy = context.policy
+    tapped, targets = tap_batch_norms(teacher.network, swing=shifts > 0)
+    return _Objective(
+        policy.place(Generator(settings.latent, teacher.info.input_shape)),
+        policy.place(tapped),
+        [target.mean.to(policy.device) for target in targets],
+        [target.std.to(policy.device) for target in targets],
+        context,
+    )
+
+
 def synthesize_genie(teacher: Teacher, settings: Synthesis, context: Context) -> ImageSet:
     """Make images from a teacher's batch norm statistics with GENIE-D.
 
@@ -114,17 +126,11 @@ def synthesize_genie(teacher: Teacher, settings: Synthesis, context: Context) ->
         UsageError: no batch norm has running statistics.
         RunError: the loss became NaN.
     """
-    policy = context.policy
-    swing = settings.swing and bool(strided_nodes(teacher.network))
-    tapped, targets = tap_batch_norms(teacher.network, swing=swing)
-    objective = _Objective(
-        policy.place(Generator(settings.latent, teacher.info.input_shape)), policy.place(tapped),
-        [t.mean.to(policy.device) for t in targets], [t.std.to(policy.device) for t in targets], context,
-    )  # fmt: skip
+    shifts = len(strided_nodes(teacher.network)) if settings.swing else 0
+    objective = _objective(teacher, settings, shifts, context)
     sizes = batch_sizes(settings.images, settings.batch)
-    worth = policy.compile and settings.steps * len(sizes) >= MIN_STEPS_TO_COMPILE
+    worth = context.policy.compile and settings.steps * len(sizes) >= MIN_STEPS_TO_COMPILE
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
-    shifts = len(strided_nodes(teacher.network)) if swing else 0
     made, losses = [], []
     for index, size in enumerate(sizes):
         name = f"synthesis_{index:03d}"
@@ -199,5 +205,8 @@ def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
     """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
     network = context.policy.place(teacher.network)
     return torch.cat(
-        [network(part.to(context.policy.device)).argmax(1).cpu() for part in images.split(128)]
+        [
+            network(part.to(context.policy.device)).argmax(1).cpu()
+            for part in torch.split(images, 128)
+        ]
     )

@@ -58,8 +58,10 @@ def find_pairs(network: GraphModule) -> list[Pair]:
         if not isinstance(module_of(network, node), BatchNorm) or count[str(node.target)] != 1:
             continue
         source = node.args[0]
-        if isinstance(module_of(network, source), Layer) and len(source.users) == 1 and (
-            count[str(source.target)] == 1
+        if (
+            isinstance(module_of(network, source), Layer)
+            and len(source.users) == 1
+            and count[str(source.target)] == 1
         ):
             pairs.append(Pair(str(source.target), str(node.target)))
     return pairs
@@ -95,7 +97,8 @@ def fold_batch_norms(network: GraphModule) -> GraphModule:
     sites = calls(folded)
     for pair in find_pairs(folded):
         layer, batch_norm = folded.get_submodule(pair.layer), folded.get_submodule(pair.batch_norm)
-        assert isinstance(layer, Layer) and isinstance(batch_norm, BatchNorm)
+        assert isinstance(layer, Layer)
+        assert isinstance(batch_norm, BatchNorm)
         fold_layer(layer, batch_norm)
         node = sites[pair.batch_norm][0]
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

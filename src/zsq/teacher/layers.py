@@ -7,6 +7,7 @@ the rest, so 1-D, 2-D and 3-D convolutions, ``padding="same"`` and linear layers
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from zsq.errors import UsageError
 
@@ -39,6 +41,34 @@ def operator_name(target: object) -> str:
     return str(target)
 
 
+def is_view(node: Node) -> bool:
+    """Return whether a node's result shares memory with its input, by the operator's own schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return bool(returns and returns[0].alias_info and not returns[0].alias_info.is_write)
+
+
+def is_inplace(node: Node) -> bool:
+    """Return whether a node writes into its first argument, by the operator's own schema."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and bool(
+        target._schema.arguments
+        and target._schema.arguments[0].alias_info
+        and target._schema.arguments[0].alias_info.is_write
+    )
+
+
+def out_of_place(name: str) -> str:
+    """Name the operator that returns what ``name`` writes in place.
+
+    Example:
+        >>> out_of_place("aten.relu_.default")
+        'aten.relu.default'
+    """
+    return re.sub(r"^(aten\.\w+?)_\.", r"\1.", name)
+
+
 def resolve_operator(name: str) -> Callable[..., Any]:
     """Find the operator that a name stands for, refusing whatever is not plain tensor arithmetic.
 
@@ -61,16 +91,16 @@ def resolve_operator(name: str) -> Callable[..., Any]:
     match = re.fullmatch(r"aten\.(\w+)\.(\w+)", name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     overload = getattr(packet, match[2], None) if match and packet else None
-    if overload is None:
+    if not isinstance(overload, torch._ops.OpOverload):
         raise UsageError(
-            f"the network calls the operator {name!r}, which this PyTorch ({torch.__version__}) does "
-            "not have among its standard (aten) operators; rewrite that part of the network with "
-            "standard torch functions."
+            f"the network calls the operator {name!r}, which this PyTorch ({torch.__version__}) "
+            "does not have among its standard (aten) operators; rewrite that part of the network "
+            "with standard torch functions."
         )
     first = overload._schema.arguments[0] if overload._schema.arguments else None
     if first is not None and str(first.type) in {"str", "Device", "Any"}:
         raise UsageError(f"the operator {name!r} is not tensor arithmetic and is refused.")
-    return overload  # type: ignore[no-any-return]
+    return overload
 
 
 class Layer(nn.Module):
@@ -123,7 +153,8 @@ class Layer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         kind = self.operator.split(".")[1]
-        return f"{kind}, weight={tuple(self.weight.shape)}, bias={self.bias is not None}, {self.arguments}"
+        shape, bias = tuple(self.weight.shape), self.bias is not None
+        return f"{kind}, weight={shape}, bias={bias}, {self.arguments}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         """Copy the layer; operators are singletons that cannot be deep-copied themselves."""
@@ -131,7 +162,9 @@ class Layer(nn.Module):
 
     def _rebuilt(self, memo: dict[int, Any]) -> Layer:
         copied = Layer(self.operator, self.weight, self.bias, self.arguments)
-        copied.requires_grad_(self.weight.requires_grad)
+        copied.requires_grad_(self.weight.requires_grad).train(self.training)
+        for name, child in self.named_children():  # modules nested below the layer's path
+            copied.add_module(name, copy.deepcopy(child, memo))
         memo[id(self)] = copied
         return copied
 
@@ -170,7 +203,15 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape (N, C, ...) with the stored statistics."""
         return torch.batch_norm(
-            x, self.weight, self.bias, self.running_mean, self.running_var, False, 0.0, self.eps, False
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            False,
+            0.0,
+            self.eps,
+            False,
         )
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:

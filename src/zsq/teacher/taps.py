@@ -58,8 +58,9 @@ def tap_batch_norms(
     taps = batch_norm_nodes(tapped)
     if not taps:
         raise UsageError(
-            "the network has no batch norm with running statistics (track_running_stats=True), which is "
-            "what images are synthesised from. Pass real images with --images FOLDER instead."
+            "the network has no batch norm with running statistics (track_running_stats=True), "
+            "which is what images are synthesised from. Pass real images with --images FOLDER "
+            "instead."
         )
     if swing:
         _insert_shifts(tapped)
@@ -98,7 +99,7 @@ def _insert_shifts(network: GraphModule) -> None:
         offsets = graph.placeholder("offsets")
     network.add_module("shifts", nn.Module())
     for index, node in enumerate(strided):
-        network.shifts.add_module(str(index), Shift())  # type: ignore[union-attr,operator]
+        network.shifts.add_module(str(index), Shift())  # type: ignore[union-attr]
         with graph.inserting_before(node):
             offset = graph.call_function(torch.select, (offsets, 0, index))
             shifted = graph.call_module(f"shifts.{index}", (node.args[0], offset))

@@ -94,14 +94,15 @@ def _info(
         shape = _placeholder_shape(source.module)
     if len(shape) != 3 or any(side < 1 for side in shape):
         raise UsageError(
-            f"the input shape of {source.reference} is {'unknown' if not shape else shape}; pass the shape "
-            "of one image as channels, height, width, e.g. --input-shape 3,224,224."
+            f"the input shape of {source.reference} is {shape or 'unknown'}; pass the shape of one "
+            "image as channels, height, width, e.g. --input-shape 3,224,224."
         )
     mean, std = mean or source.mean, std or source.std
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != shape[0]:
             raise UsageError(
-                f"--{name} has {len(values)} values but the input has {shape[0]} channels; give one value each."
+                f"--{name} has {len(values)} values but the input has {shape[0]} channels; give "
+                "one value each."
             )
     if std is not None and min(std) <= 0:
         raise UsageError(f"--std {std} must be positive.")
@@ -126,12 +127,12 @@ def _check_runs(network: GraphModule, info: ModelInfo) -> None:
         output = network(torch.zeros(3, *info.input_shape))
     except Exception as error:
         raise UsageError(
-            f"the network does not run on an input of shape (3, {', '.join(map(str, info.input_shape))}): "
-            f"{str(error).splitlines()[0][:200]}. Check --input-shape; a .pt2 file must be exported with a "
-            "dynamic batch size."
+            f"the network does not run on an input of shape (3, "
+            f"{', '.join(map(str, info.input_shape))}): {str(error).splitlines()[0][:200]}. Check "
+            "--input-shape; a .pt2 file must be exported with a dynamic batch size."
         ) from error
     if output.ndim != 2 or output.shape[0] != 3:
         raise UsageError(
-            f"the network returns shape {tuple(output.shape)} for 3 images; zsq needs logits of shape "
-            "(3, classes). Wrap the model so that it returns class logits."
+            f"the network returns shape {tuple(output.shape)} for 3 images; zsq needs logits of "
+            "shape (3, classes). Wrap the model so that it returns class logits."
         )

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An integer student computed the way an integer runtime computes it.
+
+Fake quantization in float32 agrees with integers up to rounding ties: a sum of float products that
+lies within float error of half a step may fall on either side. Here sums are exact integers, and the
+float arithmetic that turns them into codes is the runtime's own, operation by operation, so that the
+results are its results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from zsq.export.operators import accumulator_step, integer_bias
+from zsq.export.rewrites import input_quantizer, is_global_pool
+from zsq.functional.affine import per_channel
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.layers import QuantizedLayer
+from zsq.quantizers.protocol import tensor_inputs
+from zsq.student import Student
+from zsq.teacher.fold import module_of
+from zsq.teacher.layers import operator_name, resolve_operator
+
+#: Whole numbers up to this are exact in float32, and so are sums that stay below it.
+_EXACT = 2**24
+
+
+class IntegerSimulation(nn.Module):
+    """Runs an integer student as ONNX Runtime runs the file that was exported from it.
+
+    Layers, additions, products and global average pools between quantizers are computed in integers;
+    everything else as the student computes it.
+
+    Args:
+        student: from `zsq.export.deploy.to_integer`.
+    """
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of ``x``, (N, C, H, W) -> (N, classes)."""
+        return _Runner(self.student.network).run(x)  # type: ignore[no-any-return]
+
+
+class _Runner(Interpreter):
+    """Computes the values of producers right on the grid of the quantizer that reads them."""
+
+    def __init__(self, network: GraphModule) -> None:
+        super().__init__(network)
+        self.network = network
+
+    def run_node(self, n: Node) -> Any:
+        operands = tensor_inputs(n)
+        grids = [input_quantizer(self.network, n, i) for i in range(len(operands))]
+        known = [grid for grid in grids if grid is not None]
+        if not known or len(known) < len(grids):
+            return super().run_node(n)
+        layer, output = module_of(self.network, n), self._reader(n)
+        codes = [offset_codes(self.env[x], grid) for x, grid in zip(operands, known, strict=True)]
+        if isinstance(layer, QuantizedLayer):
+            return run_layer(layer, codes[0], known[0], output)
+        if output is None:
+            return super().run_node(n)
+        name = operator_name(n.target)
+        if is_global_pool(n):
+            return run_global_pool(codes[0], known[0], output)
+        if name == "aten.add.Tensor" and len(codes) == 2 and n.kwargs.get("alpha", 1) == 1:
+            return run_addition(codes, known, output)
+        if name == "aten.mul.Tensor" and len(codes) == 2:
+            return run_product(codes, known, output)
+        return super().run_node(n)
+
+    def _reader(self, node: Node) -> ActivationQuantizer | None:
+        """Return the quantizer that alone reads a node."""
+        readers = list(node.users)
+        module = module_of(self.network, readers[0]) if len(readers) == 1 else None
+        return module if isinstance(module, ActivationQuantizer) else None
+
+
+def offset_codes(values: Tensor, grid: ActivationQuantizer) -> Tensor:
+    """Return values that lie on ``grid`` as whole numbers, zero at zero."""
+    return torch.round(values / grid.scale)
+
+
+def run_layer(
+    layer: QuantizedLayer, codes: Tensor, grid: ActivationQuantizer, output: ActivationQuantizer | None
+) -> Tensor:
+    """Compute a layer: integer sum, integer bias, one multiplication.
+
+    The multiplier is ``s_x * s_w[c] / s_y`` in front of a quantizer and ``s_x * s_w[c]`` elsewhere,
+    rounded to float32 after each operation.
+    """
+    frozen = layer.frozen
+    total = accumulate(layer, codes)
+    step = accumulator_step(grid.scale, frozen.scale)
+    linear = layer.operator == "aten.linear.default"
+    shape = [-1] if linear else [-1, *[1] * (total.ndim - 2)]
+    floating_bias = linear and total.ndim != 2  # a matrix product and an addition
+    if layer.bias is not None and not floating_bias:
+        total = total + integer_bias(layer.bias, grid.scale, frozen.scale).double().reshape(shape)
+    if output is not None and not (layer.bias is not None and floating_bias):
+        return _requantized(total.float() * (step / output.scale).reshape(shape), output)
+    values = total.float() * step.reshape(shape)
+    return values + layer.bias if layer.bias is not None and floating_bias else values
+
+
+def accumulate(layer: QuantizedLayer, codes: Tensor) -> Tensor:
+    """Return the exact sums of products of a layer without its bias, as float64.
+
+    Float32 arithmetic does it, several times faster, as long as no sum can exceed 2**24. Larger
+    weights are split into two halves of 4 bits first.
+    """
+    frozen = layer.frozen
+    weight = frozen.integers.float() - per_channel(frozen.zero_point, frozen.integers)
+    upper = torch.floor(weight / 16)
+    largest = float(codes.abs().max()) if codes.numel() else 0.0
+    if _bound(weight) * largest < _EXACT:
+        parts = [(1.0, weight)]
+    elif max(_bound(upper), _bound(weight - 16 * upper)) * largest < _EXACT:
+        parts = [(16.0, upper), (1.0, weight - 16 * upper)]
+    else:
+        parts, codes = [(1.0, weight.double())], codes.double()
+    call = resolve_operator(layer.operator)
+    sums = [factor * call(codes, part, None, *layer.arguments).double() for factor, part in parts]
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+
+
+def _bound(weight: Tensor) -> float:
+    """Largest sum of absolute weights of a channel."""
+    return float(weight.abs().flatten(1).sum(1).max())
+
+
+def run_addition(
+    codes: list[Tensor], grids: list[ActivationQuantizer], output: ActivationQuantizer
+) -> Tensor:
+    """Add as ``QLinearAdd`` does: two fused multiply-adds on a constant that holds the zero points."""
+    (a, b), (grid_a, grid_b) = codes, grids
+    ratio_a, ratio_b = grid_a.scale / output.scale, grid_b.scale / output.scale
+    fixed = output.zero_point - (ratio_a * grid_a.zero_point + ratio_b * grid_b.zero_point)
+    inner = _fused(b + grid_b.zero_point, ratio_b, fixed)
+    return _on_grid(_fused(a + grid_a.zero_point, ratio_a, inner), output)
+
+
+def _fused(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
+    """Multiply and add with one rounding, to float32."""
+    return (x.double() * factor.double() + constant.double()).float()
+
+
+def run_product(
+    codes: list[Tensor], grids: list[ActivationQuantizer], output: ActivationQuantizer
+) -> Tensor:
+    """Multiply as ``QLinearMul`` does: one multiplier, then the zero point, in float32."""
+    ratio = grids[0].scale * grids[1].scale / output.scale
+    return _on_grid(codes[0] * codes[1] * ratio + output.zero_point, output)
+
+
+def run_global_pool(codes: Tensor, grid: ActivationQuantizer, output: ActivationQuantizer) -> Tensor:
+    """Average as ``QLinearGlobalAveragePool`` does: integer sum, one multiplication."""
+    total = codes.double().sum((2, 3), keepdim=True).float()
+    count = float(codes.shape[2] * codes.shape[3])
+    return _requantized(total * (grid.scale / (output.scale * count)), output)
+
+
+def _requantized(steps: Tensor, output: ActivationQuantizer) -> Tensor:
+    """Round steps of ``output``, to which the zero point is yet to be added."""
+    zero = output.zero_point
+    return torch.round(steps).clamp_(output.low - zero, output.high - zero) * output.scale
+
+
+def _on_grid(steps: Tensor, output: ActivationQuantizer) -> Tensor:
+    """Round steps of ``output`` that include its zero point already."""
+    codes = torch.round(steps).clamp_(output.low, output.high)
+    return (codes - output.zero_point) * output.scale

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes that depend on the batch size, read where they are needed."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from zsq.teacher.layers import operator_name
+
+
+def symbolic_sizes(value: object) -> dict[str, int]:
+    """Map each size of a tensor that depends on the batch size to its (first) axis.
+
+    Args:
+        value: what export noted of a node's result.
+
+    Returns:
+        Expressions such as ``"s77"`` or ``"4*s77"``; empty for anything but a tensor.
+    """
+    if not isinstance(value, Tensor):
+        return {}
+    axes: dict[str, int] = {}
+    for axis, size in enumerate(value.shape):
+        if not str(size).isdigit():
+            axes.setdefault(str(size), axis)
+    return axes
+
+
+def localise_batch_size(graph: Graph) -> None:
+    """Let every reshape read the batch size from its own input.
+
+    Export reads it once, from the network's input, and carries it to the end; a reconstruction unit
+    cut out of the middle could not see it. Expressions of the batch size are recomputed likewise.
+
+    Args:
+        graph: changed in place; ``meta["sizes"]`` of tensors is `symbolic_sizes`,
+            ``meta["expression"]`` of scalars their own.
+    """
+    for node in list(graph.nodes):
+        tensors = [n for n in node.all_input_nodes if not n.meta.get("scalar")]
+        scalars = [n for n in node.all_input_nodes if n.meta.get("scalar")]
+        if node.op != "call_function" or node.meta.get("scalar") or not tensors or not scalars:
+            continue
+        for scalar in scalars:
+            with graph.inserting_before(node):
+                node.replace_input_with(scalar, _local_scalar(graph, scalar, tensors[0]))
+    graph.eliminate_dead_code()
+
+
+def _local_scalar(graph: Graph, scalar: Node, tensor: Node) -> Node:
+    """Copy the arithmetic behind ``scalar``, reading sizes off ``tensor`` or what it came from."""
+    assert callable(scalar.target)
+    if operator_name(scalar.target) == "aten.sym_size.int":
+        carrier = _carrier(tensor, scalar.meta["expression"])
+        if carrier is None:
+            return scalar
+        copied = graph.call_function(scalar.target, carrier)
+    else:
+        arguments = torch.fx.map_arg(
+            scalar.args,
+            lambda n: _local_scalar(graph, n, tensor) if n.meta.get("scalar") else n,
+        )
+        copied = graph.call_function(scalar.target, arguments)
+    copied.meta.update(scalar.meta)
+    return copied
+
+
+def _carrier(tensor: Node, expression: str) -> tuple[Node, int] | None:
+    """Return the nearest tensor from ``tensor`` upstream that has a certain size, and the axis."""
+    queue, seen = deque([tensor]), {tensor}
+    while queue:
+        node = queue.popleft()
+        if expression in node.meta.get("sizes", {}):
+            return node, node.meta["sizes"][expression]
+        for source in node.all_input_nodes:
+            if source not in seen and not source.meta.get("scalar"):
+                seen.add(source)
+                queue.append(source)
+    return None

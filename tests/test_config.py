@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsq.config import Bits, Override, Recipe, load_recipe, recipe_names, to_yaml
+from zsq.errors import UsageError
+
+WIDTHS = st.integers(2, 8)
+
+
+def write(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@given(WIDTHS, WIDTHS)
+def test_bits_notation_round_trips(weights, activations):
+    bits = Bits.parse(f"W{weights}A{activations}")
+    assert (bits.weights, bits.activations) == (weights, activations)
+    assert Bits.parse(str(bits)) == bits
+
+
+@pytest.mark.parametrize("text", ["", "w4", "4a4", "w4a4 ", "w1a4", "w9a4", "w4a16", "w4a", "a4w4"])
+def test_other_notations_are_refused_and_the_right_one_shown(text):
+    with pytest.raises(UsageError, match="w4a4") as caught:
+        Bits.parse(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_packaged_recipes_load_under_their_own_name():
+    assert "genie" in recipe_names()
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.title
+        assert recipe.paper
+
+
+def test_genie_has_the_numbers_of_the_paper():
+    recipe = load_recipe("genie")
+    s, t = recipe.synthesis, recipe.tuning
+    assert (s.images, s.batch, s.steps, s.latent) == (1024, 128, 4000, 256)
+    assert (s.latent_lr, s.generator_lr, s.generator_decay, s.decay_every) == (0.1, 0.01, 0.95, 100)
+    assert (t.steps, t.batch, t.drop, t.mix, t.warmup) == (20000, 32, 0.5, 0.5, 0.2)
+    assert (t.rounding_weight, t.beta_start, t.beta_end, t.power) == (1.0, 20, 2, 2.4)
+    assert recipe.protocol == "edges-8bit"
+
+
+def test_settings_reach_nested_fields_and_leave_the_rest():
+    recipe = load_recipe(
+        "genie",
+        settings=["tuning.steps=7", "synthesis.swing=false", "tuning.scale_lr=1e-3", "bits=w3a5"],
+    )
+    assert (recipe.tuning.steps, recipe.synthesis.swing) == (7, False)
+    assert recipe.tuning.scale_lr == 1e-3
+    assert recipe.bits == Bits(weights=3, activations=5)
+    assert recipe.synthesis.steps == load_recipe("genie").synthesis.steps
+
+
+def test_overrides_can_be_set_as_text():
+    recipe = load_recipe("genie", settings=["overrides=[{match: 'a.*', weights: 3}]"])
+    assert recipe.overrides == (Override(match="a.*", weights=3),)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("tuning.stepz=7", "tuning.stepz"),
+        ("tunin.steps=7", "tunin"),
+        ("tuning.steps=many", "tuning.steps"),
+        ("tuning.steps=-1", "tuning.steps"),
+        ("tuning.drop=1.5", "tuning.drop"),
+        ("synthesis.batch=1", "synthesis.batch"),
+        ("protocol=w8a8", "protocol"),
+        ("bits=w9a9", "w9a9"),
+        ("bits=4", "w4a4"),
+        ("name.first=x", "name.first"),
+        ("tuning.steps", "KEY=VALUE"),
+        ("tuning.steps=[1", "tuning.steps=[1"),
+        ("=7", "''"),
+    ],
+)
+def test_bad_settings_are_named(setting, named):
+    with pytest.raises(UsageError) as caught:
+        load_recipe("genie", settings=[setting])
+    assert named in str(caught.value)
+
+
+def test_changes_apply_unless_none():
+    recipe = load_recipe("genie", bits="w2a4", protocol=None)
+    assert str(recipe.bits) == "w2a4"
+    assert recipe.protocol == load_recipe("genie").protocol
+
+
+def test_a_recipe_is_not_changed_by_deriving_from_it():
+    original = Recipe()
+    derived = load_recipe(original, settings=["tuning.steps=3"])
+    assert derived.tuning.steps == 3
+    assert original == Recipe()
+
+
+def test_quick_schedule_applies_the_recipes_own_settings(tmp_path):
+    path = write(tmp_path, "quick: {tuning.steps: 11, synthesis.images: 12}\ntuning: {batch: 9}\n")
+    full, quick = load_recipe(path), load_recipe(path, schedule="quick")
+    assert (full.tuning.steps, full.synthesis.images) == (20000, 1024)
+    assert (quick.tuning.steps, quick.synthesis.images, quick.tuning.batch) == (11, 12, 9)
+    explicit = load_recipe(path, schedule="quick", settings=["tuning.steps=5"])
+    assert explicit.tuning.steps == 5, "what the user sets wins over the schedule"
+
+
+@given(bits=st.builds(Bits, weights=WIDTHS, activations=WIDTHS), steps=st.integers(0, 10**6),
+       rate=st.floats(1e-12, 1e3), title=st.text(max_size=30))  # fmt: skip
+def test_yaml_round_trip(bits, steps, rate, title):
+    recipe = Recipe(
+        bits=bits,
+        title=title,
+        overrides=(Override(match="*.conv", weights=8),),
+        tuning={"steps": steps, "scale_lr": rate},
+        quick={"tuning.steps": 3},
+    )
+    assert Recipe.model_validate(yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_yaml_file_round_trip(tmp_path):
+    recipe = load_recipe("genie", bits="w3a3", settings=["synthesis.steps=9"])
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    touched = tmp_path / "touched"
+    path = write(tmp_path, f"name: !!python/object/apply:os.mkdir ['{touched}']\n")
+    with pytest.raises(UsageError, match="not readable YAML"):
+        load_recipe(path)
+    with pytest.raises(UsageError, match="not readable YAML"):
+        load_recipe("genie", settings=[f"name=!!python/object/apply:os.mkdir ['{touched}']"])
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "- a\n", "a: [", "1: 2\n", "tuning: 5\n", "quick: 3\n", "quick: {1: 2}\n", "nonsense: 1\n",
+     b"\xff\xfe\x00\x01\x02", b"name: \x80"],
+)  # fmt: skip
+def test_unusable_files_are_refused_in_a_sentence(tmp_path, content):
+    with pytest.raises(UsageError):
+        load_recipe(write(tmp_path, content), schedule="quick")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "../genie", "missing.yaml", "", "/etc/passwd"])
+def test_unknown_recipes_list_the_known_ones(name):
+    with pytest.raises(UsageError, match="genie"):
+        load_recipe(name)
