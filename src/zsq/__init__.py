@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zsq: quantize a trained neural network without its data."""

@@ -51,7 +51,9 @@ def _encode(value: Any) -> Any:
             return {kind: str(value).removeprefix("torch.")}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UsageError(f"the network holds a value of type {type(value).__name__}, which cannot be saved.")
+    raise UsageError(
+        f"the network holds a value of type {type(value).__name__}, which cannot be saved."
+    )
 
 
 def _decode(value: Any, nodes: dict[str, Node]) -> Any:
@@ -92,7 +94,9 @@ def graph_from_json(data: list[dict[str, Any]], root: nn.Module) -> GraphModule:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"the saved network's graph is damaged: {type(error).__name__} {error}.") from error
+        raise UsageError(
+            f"the saved network's graph is damaged: {type(error).__name__} {error}."
+        ) from error
     graph.lint()
     return GraphModule(root, graph)
 
@@ -117,5 +121,7 @@ def _node_from_json(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node])
 def _checked(text: str, pattern: re.Pattern[str]) -> str:
     """Names end up in generated code, so nothing but plain identifiers passes."""
     if not isinstance(text, str) or not pattern.fullmatch(text):
-        raise UsageError(f"the saved network's graph holds the name {text!r}; it is damaged or not zsq's.")
+        raise UsageError(
+            f"the saved network's graph holds the name {text!r}; it is damaged or not zsq's."
+        )
     return text

@@ -105,9 +105,16 @@ def _describe(network: GraphModule) -> tuple[dict[str, Tensor], dict[str, dict[s
             modules[path] = {
                 "kind": "activation", "bits": module.bits, "low": module.low, "high": module.high,
             }  # fmt: skip
-            tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = module.scale, module.zero_point
+            tensors[f"{path}.scale"], tensors[f"{path}.zero_point"] = (
+                module.scale,
+                module.zero_point,
+            )
         elif isinstance(module, Layer):
-            modules[path] = {"kind": "layer", "operator": module.operator, "arguments": module.arguments}
+            modules[path] = {
+                "kind": "layer",
+                "operator": module.operator,
+                "arguments": module.arguments,
+            }
             tensors[f"{path}.weight"] = module.weight
             if module.bias is not None:
                 tensors[f"{path}.bias"] = module.bias
@@ -155,7 +162,9 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _info(header: dict[str, Any]) -> ModelInfo:
     try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["info"].items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in header["info"].items()
+        }
         return ModelInfo(**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the file's header is damaged: {error}") from error
@@ -179,9 +188,16 @@ def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
     kind = description["kind"]
     if kind == "layer":
         arguments = _arguments(description)
-        return Layer(description["operator"], tensors[f"{path}.weight"], tensors.get(f"{path}.bias"), arguments)
+        return Layer(
+            description["operator"],
+            tensors[f"{path}.weight"],
+            tensors.get(f"{path}.bias"),
+            arguments,
+        )
     if kind == "batch_norm":
-        parts = [tensors[f"{path}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")]
+        parts = [
+            tensors[f"{path}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
+        ]
         return BatchNorm(parts[0], parts[1], parts[2], parts[3], float(description["eps"]))
     if kind == "activation":
         quantizer = ActivationQuantizer(int(description["bits"]), log_scale=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from zsq.errors import UsageError
 from zsq.export.folding import batch_norms_to_layers, fold_batch_norms, fold_clamps
@@ -59,7 +59,9 @@ def to_integer(student: Student, images: Tensor) -> Student:
     facts = Facts(network, _probe(images))
     if student.placement.protocol != "integer":
         integer.placement = _extend(integer, facts, images)
-    extra = batch_norms_to_layers(network, {name: len(shape) for name, shape in facts.shapes.items()})
+    extra = batch_norms_to_layers(
+        network, {name: len(shape) for name, shape in facts.shapes.items()}
+    )
     fold_clamps(network)
     extra |= _separate_shared_layers(network)
     weights = {**integer.placement.weights, **extra}
@@ -94,7 +96,7 @@ def clean_network(network: GraphModule) -> GraphModule:
     clean = copy_network(network)
     for node in list(clean.graph.nodes):
         if isinstance(module_of(clean, node), ActivationQuantizer):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             clean.graph.erase_node(node)
     clean.recompile()
     return clean
@@ -104,7 +106,9 @@ def _extend(integer: Student, facts: Facts, images: Tensor) -> Placement:
     """Quantize the edges that are still float, and return what is quantized now."""
     clean = clean_network(integer.network)
     wanted = extend_to_integer(clean, integer.placement)
-    activations = {name: bits for name, bits in wanted.activations.items() if name in facts.quantizable}
+    activations = {
+        name: bits for name, bits in wanted.activations.items() if name in facts.quantizable
+    }
     shared = {name: owner for name, owner in wanted.shared.items() if owner in activations}
     placement = Placement("integer", wanted.weights, activations, shared)
     old = set(integer.placement.activations)

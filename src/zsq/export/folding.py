@@ -118,7 +118,9 @@ def put_module(network: GraphModule, path: str, module: torch.nn.Module) -> None
     """Put ``module`` at ``path``, keeping the modules nested below whatever was there."""
     parent, _, last = path.rpartition(".")
     holder = network.get_submodule(parent)
-    for name, child in holder.get_submodule(last).named_children() if last in holder._modules else ():
+    for name, child in (
+        holder.get_submodule(last).named_children() if last in holder._modules else ()
+    ):
         if not isinstance(child, FrozenWeight):
             module.add_module(name, child)
     holder.add_module(last, module)
@@ -140,7 +142,9 @@ def fold_clamps(network: GraphModule) -> None:
             continue
         low, high = clamp_range(node)
         quantizer.low = max(quantizer.low, _code(quantizer, low, quantizer.low))
-        quantizer.high = min(quantizer.high, max(_code(quantizer, high, quantizer.high), quantizer.low))
+        quantizer.high = min(
+            quantizer.high, max(_code(quantizer, high, quantizer.high), quantizer.low)
+        )
         reader.replace_input_with(node, source)
         network.graph.erase_node(node)
     network.recompile()
@@ -154,7 +158,10 @@ def clamp_range(node: Node) -> tuple[float, float]:
     if name == "aten.relu6.default":
         return 0.0, 6.0
     bounds = [*node.args[1:], *[-1.0, 1.0][len(node.args) - 1 :]]
-    values = [node.kwargs.get(key, bound) for key, bound in zip(("min_val", "max_val"), bounds, strict=True)]
+    values = [
+        node.kwargs.get(key, bound)
+        for key, bound in zip(("min_val", "max_val"), bounds, strict=True)
+    ]
     return float(values[0]), float(values[1])  # type: ignore[arg-type]
 
 

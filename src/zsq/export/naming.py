@@ -57,7 +57,8 @@ class _Names:
 
 def _name_activation(quantize: ir.Node, names: _Names) -> None:
     scale = quantize.inputs[1]
-    assert scale is not None and scale.name is not None
+    assert scale is not None
+    assert scale.name is not None
     tensor = names.free(scale.name.removeprefix(_QUANTIZERS).removesuffix(".scale"))
     source = quantize.inputs[0]
     if source is not None and source.producer() is not None:
@@ -66,7 +67,9 @@ def _name_activation(quantize: ir.Node, names: _Names) -> None:
     while node is not None:
         node.name = names.free(f"{tensor}_{node.op_type}")
         node.outputs[0].name = names.free(f"{tensor}_{node.op_type}_Output")
-        node = None if node.op_type == "DequantizeLinear" else next(iter(node.outputs[0].uses())).node
+        node = (
+            None if node.op_type == "DequantizeLinear" else next(iter(node.outputs[0].uses())).node
+        )
 
 
 def _name_parameter(dequantize: ir.Node, codes: ir.Value, names: _Names) -> None:

@@ -112,7 +112,9 @@ def _export(network: GraphModule, input_shape: tuple[int, ...]) -> torch.onnx.ON
             )  # fmt: skip
     except Exception as error:
         cause = error.__cause__ or error
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = next(
+            (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
+        )
         raise RunError(
             f"torch.onnx.export cannot express this network: {reason.strip()[:300]}. The quantized network "
             "itself is fine (zsq.load runs it); replace the operator named here to get an ONNX file."
@@ -163,7 +165,9 @@ def _store_as_int4(model: ir.Model, names: set[str]) -> None:
         assert value.const_value is not None
         codes = value.const_value.numpy()
         readers = list(value.uses())
-        half = ir.Value(name=f"{name}_int4", shape=value.shape, type=ir.TensorType(ir.DataType.INT4))
+        half = ir.Value(
+            name=f"{name}_int4", shape=value.shape, type=ir.TensorType(ir.DataType.INT4)
+        )
         half.const_value = ir.tensor(codes, dtype=ir.DataType.INT4, name=half.name)
         cast = ir.node("Cast", [half], {"to": int(ir.DataType.INT8)}, name=f"{name}_Cast")
         graph.initializers.pop(name)

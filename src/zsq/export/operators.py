@@ -38,7 +38,9 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tens
 def dequantize_parameter(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Dequantize an integer weight or bias with one scale per index of ``axis``."""
     shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
-    return (codes.to(scale.dtype) - zero_point.to(scale.dtype).reshape(shape)) * scale.reshape(shape)
+    return (codes.to(scale.dtype) - zero_point.to(scale.dtype).reshape(shape)) * scale.reshape(
+        shape
+    )
 
 
 @dequantize_parameter.register_fake
@@ -118,7 +120,9 @@ class DeployedLayer(nn.Module):
         self.arguments = layer.arguments
         self.transposed = layer.operator == "aten.linear.default" and not matrix
         codes = (frozen.integers.to(torch.int16) - half).to(torch.int8)
-        self.register_buffer("weight_quantized", codes.t().contiguous() if self.transposed else codes)
+        self.register_buffer(
+            "weight_quantized", codes.t().contiguous() if self.transposed else codes
+        )
         self.register_buffer("weight_scale", frozen.scale.clone())
         self.register_buffer("weight_zero_point", (frozen.zero_point - half).to(torch.int8))
         self._call = resolve_operator(layer.operator)
@@ -128,7 +132,9 @@ class DeployedLayer(nn.Module):
             self.bias = layer.bias.clone()
         elif layer.bias is not None and input_scale is not None:
             step = accumulator_step(input_scale, frozen.scale)
-            self.register_buffer("bias_quantized", integer_bias(layer.bias, input_scale, frozen.scale))
+            self.register_buffer(
+                "bias_quantized", integer_bias(layer.bias, input_scale, frozen.scale)
+            )
             self.register_buffer("bias_scale", step)
             self.register_buffer("bias_zero_point", torch.zeros(len(step), dtype=torch.int32))
 

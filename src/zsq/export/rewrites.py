@@ -97,7 +97,7 @@ def _is_global_mean(node: Node, facts: Facts) -> bool:
     if len(shape) != 4:
         return False
     if name == "aten.avg_pool2d.default":
-        kernel = [int(k) for k in node.args[1]]  # type: ignore[union-attr]
+        kernel = [int(k) for k in node.args[1]]  # type: ignore[arg-type,union-attr]
         padding = node.args[3] if len(node.args) > 3 else [0]
         whole = tuple(kernel * 2 if len(kernel) == 1 else kernel) == shape[2:]
         return whole and not any(padding) and len(node.args) < 5  # type: ignore[arg-type]
@@ -156,7 +156,9 @@ def _free_batch(node: Node, image: Node, facts: Facts) -> Any:
         (isinstance(target[0], Node) and target[0].args == (image, 0))
         or (target[0] == -1 and shape[0] == facts.batch)
     )
-    return [-1, *shape[1:]] if leads and not any(isinstance(t, Node) for t in target[1:]) else target
+    return (
+        [-1, *shape[1:]] if leads and not any(isinstance(t, Node) for t in target[1:]) else target
+    )
 
 
 def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
@@ -167,12 +169,16 @@ def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
     if not isinstance(layer, QuantizedLayer) or not isinstance(source, Node):
         return
     weight, path = layer.frozen, str(node.target)
-    single = set(facts.shapes[source.name][2:]) == set(weight.integers.shape[2:]) == {1}  # not linear
+    single = (
+        set(facts.shapes[source.name][2:]) == set(weight.integers.shape[2:]) == {1}
+    )  # not linear
     same_inputs = facts.shapes[source.name][1] == weight.integers.shape[1]  # one group
     padded = set(facts.shapes[node.name][2:]) != {1}
     if not single or not same_inputs or padded or len(calls(network)[path]) > 1:
         return
-    flat_weight = FrozenWeight(weight.integers.flatten(1), weight.scale, weight.zero_point, weight.bits)
+    flat_weight = FrozenWeight(
+        weight.integers.flatten(1), weight.scale, weight.zero_point, weight.bits
+    )
     put_module(network, path, QuantizedLayer("aten.linear.default", (), flat_weight, layer.bias))
     shape = [-1, *facts.shapes[node.name][1:]]
     readers = list(node.users)

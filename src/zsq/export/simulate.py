@@ -90,7 +90,10 @@ def offset_codes(values: Tensor, grid: ActivationQuantizer) -> Tensor:
 
 
 def run_layer(
-    layer: QuantizedLayer, codes: Tensor, grid: ActivationQuantizer, output: ActivationQuantizer | None
+    layer: QuantizedLayer,
+    codes: Tensor,
+    grid: ActivationQuantizer,
+    output: ActivationQuantizer | None,
 ) -> Tensor:
     """Compute a layer: integer sum, integer bias, one multiplication.
 
@@ -161,7 +164,9 @@ def run_product(
     return _on_grid(codes[0] * codes[1] * ratio + output.zero_point, output)
 
 
-def run_global_pool(codes: Tensor, grid: ActivationQuantizer, output: ActivationQuantizer) -> Tensor:
+def run_global_pool(
+    codes: Tensor, grid: ActivationQuantizer, output: ActivationQuantizer
+) -> Tensor:
     """Average as ``QLinearGlobalAveragePool`` does: integer sum, one multiplication."""
     total = codes.double().sum((2, 3), keepdim=True).float()
     count = float(codes.shape[2] * codes.shape[3])

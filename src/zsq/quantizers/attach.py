@@ -98,7 +98,7 @@ class _Recorder(Interpreter):
         self.samples: dict[str, list[Tensor]] = {name: [] for name in wanted}
         self.room = SAMPLE
 
-    def run_node(self, n: Node) -> Any:  # noqa: ANN401 - as the base class has it
+    def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n.name in self.wanted:
             self.samples[n.name].append(_sample(result, self.room))

@@ -44,6 +44,14 @@ _BATCH_NORMS = frozenset(
 _RESERVED = frozenset({"graph", "code", "training", "constants", "quantizers", "shifts"})
 
 
+def several_inputs(count: int) -> UsageError:
+    """Return the error of a model that takes ``count`` inputs."""
+    return UsageError(
+        f"the model takes {count} inputs; zsq needs exactly one image tensor. "
+        "Wrap the model in a module whose forward takes one tensor."
+    )
+
+
 class NetworkBuilder:
     """Walks an exported graph once and writes the network's graph.
 
@@ -82,10 +90,7 @@ class NetworkBuilder:
         state = {**self.program.state_dict, **self.program.constants}
         inputs = [s for s in specs.values() if s.kind == InputKind.USER_INPUT]
         if len(inputs) != 1:
-            raise UsageError(
-                f"the model takes {len(inputs)} inputs; zsq needs exactly one image tensor. "
-                "Wrap the model in a module whose forward takes one tensor."
-            )
+            raise several_inputs(len(inputs))
         for node in self.program.graph.nodes:
             if node.op == "get_attr":  # constants of sub-graphs and lifted tensors
                 self.constants[node] = attribute(self.program.graph_module, str(node.target))
@@ -191,7 +196,7 @@ class NetworkBuilder:
         add_module(self.root, path, BatchNorm(gamma, beta, mean, variance, float(eps)))
         return self._module_node(node, path, as_node(x))
 
-    def _value(self, operand: object) -> Any:  # noqa: ANN401 - a tensor or None
+    def _value(self, operand: object) -> Any:
         return self.constants[operand] if isinstance(operand, Node) else None
 
     def _module_node(self, node: Node, path: str, x: Node) -> Node:

@@ -14,6 +14,7 @@ One representation then serves synthesis, quantization, reconstruction units, sa
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from zsq.errors import UsageError
 from zsq.teacher.batchsize import localise_batch_size
-from zsq.teacher.builder import NetworkBuilder
+from zsq.teacher.builder import NetworkBuilder, several_inputs
 from zsq.teacher.layers import is_inplace, is_view
 
 
@@ -36,8 +37,9 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
         input_shape: shape of one image, without the batch axis: (C, H, W).
 
     Raises:
-        UsageError: the module rejects that shape, or cannot be exported.
+        UsageError: the module needs more than one input, rejects that shape, or cannot be exported.
     """
+    _check_one_input(module)
     example = torch.zeros(2, *input_shape)
     with _eval_mode(module):
         try:
@@ -63,6 +65,21 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
                 "free of data-dependent Python control flow and of a fixed batch size, or pass a "
                 ".pt2 file that torch.export saved."
             ) from error
+
+
+def _check_one_input(module: nn.Module) -> None:
+    """Refuse a module whose forward cannot be called with one tensor."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that hides its signature: calling it will tell
+        return
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise several_inputs(len(required))
 
 
 @contextmanager

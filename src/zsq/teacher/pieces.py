@@ -14,7 +14,11 @@ def _external_inputs(nodes: list[Node], names: set[str]) -> list[Node]:
     found: dict[Node, None] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            if source.name not in names and not source.meta.get("scalar") and source.op != "get_attr":
+            if (
+                source.name not in names
+                and not source.meta.get("scalar")
+                and source.op != "get_attr"
+            ):
                 found[source] = None
     return list(found)
 
@@ -35,7 +39,9 @@ def cut_piece(network: GraphModule, names: Collection[str], output: str) -> Grap
     """
     wanted = set(names)
     inside = [n for n in network.graph.nodes if n.name in wanted and n.op != "placeholder"]
-    external = _external_inputs(inside, wanted - {n.name for n in network.graph.nodes if n.op == "placeholder"})
+    external = _external_inputs(
+        inside, wanted - {n.name for n in network.graph.nodes if n.op == "placeholder"}
+    )
     if len(external) != 1:
         raise UsageError(
             f"the piece around {output!r} reads {len(external)} tensors from outside; it needs exactly one."

@@ -57,13 +57,14 @@ def find_units(network: GraphModule) -> list[Unit]:
 
     Pieces between cut points; light pieces (no layer) join the piece before them, so that a unit
     starts with a layer and ends after its activation; chains of single-layer pieces that make up
-    one module are merged (inverted residuals without a skip).
+    one module are merged (inverted residuals without a skip). All calls of a layer that is used
+    more than once are in one unit: it can be tuned only once.
 
     Returns:
         Units in execution order; running them one after the other is running the network.
     """
     nodes = [n for n in network.graph.nodes if n.op != "output"]
-    pieces = _pieces(network, nodes)
+    pieces = _join_reused(network, _pieces(network, nodes))
     pieces = _merge_chains(network, pieces)
     return [_unit(network, [n for n in piece if n.op != "placeholder"]) for piece in pieces]
 
@@ -89,6 +90,20 @@ def _pieces(network: GraphModule, nodes: list[Node]) -> list[list[Node]]:
 
 def _layers(network: GraphModule, piece: list[Node]) -> list[Node]:
     return [n for n in piece if isinstance(module_of(network, n), Layer)]
+
+
+def _join_reused(network: GraphModule, pieces: list[list[Node]]) -> list[list[Node]]:
+    """Join the pieces from the first to the last that call the same layer."""
+    last = {str(n.target): i for i, piece in enumerate(pieces) for n in _layers(network, piece)}
+    joined: list[list[Node]] = []
+    until = -1
+    for i, piece in enumerate(pieces):
+        if i <= until:
+            joined[-1].extend(piece)
+        else:
+            joined.append(piece)
+        until = max([until, *(last[str(n.target)] for n in _layers(network, piece))])
+    return joined
 
 
 def _merge_chains(network: GraphModule, pieces: list[list[Node]]) -> list[list[Node]]:

@@ -134,7 +134,9 @@ def layer_pieces(network: GraphModule, student: Student) -> list[Piece]:
             entry = entry.args[0]
         source = layer.args[0]
         assert isinstance(source, Node)
-        part = cut_piece(student.network, [*(n.name for n in nodes), *(n.name for n in own)], output)
+        part = cut_piece(
+            student.network, [*(n.name for n in nodes), *(n.name for n in own)], output
+        )
         quantizers = [str(n.target).removeprefix("quantizers.") for n in own]
         mine = tuple(q for q in dict.fromkeys(quantizers) if q not in done)
         done |= {str(layer.target), *mine}

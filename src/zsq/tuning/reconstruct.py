@@ -70,18 +70,24 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
     return student.freeze()
 
 
-def _blocks_in_a_row(network: GraphModule, student: Student, images: Tensor, context: Context) -> None:
+def _blocks_in_a_row(
+    network: GraphModule, student: Student, images: Tensor, context: Context
+) -> None:
     pieces = block_pieces(network, student)
     from_teacher = from_student = images
     for index, piece in enumerate(pieces):
         target = run(piece.teacher, from_teacher, context)
-        _tune_or_restore(index, len(pieces), piece, Problem(from_teacher, from_student, target), student, context)
+        _tune_or_restore(
+            index, len(pieces), piece, Problem(from_teacher, from_student, target), student, context
+        )
         if index < len(pieces) - 1:
             from_student = run(piece.student, from_student, context)
         from_teacher = target
 
 
-def _layers_one_by_one(network: GraphModule, student: Student, images: Tensor, context: Context) -> None:
+def _layers_one_by_one(
+    network: GraphModule, student: Student, images: Tensor, context: Context
+) -> None:
     pieces = layer_pieces(network, student)
     for index, piece in enumerate(pieces):
         inputs = [images, images]
@@ -92,14 +98,18 @@ def _layers_one_by_one(network: GraphModule, student: Student, images: Tensor, c
             ]
             inputs = [run(part, images, context) for part in parts]
         target = run(piece.teacher, inputs[0], context)
-        _tune_or_restore(index, len(pieces), piece, Problem(inputs[0], inputs[1], target), student, context)
+        _tune_or_restore(
+            index, len(pieces), piece, Problem(inputs[0], inputs[1], target), student, context
+        )
 
 
 @torch.no_grad()
 def run(piece: GraphModule, inputs: Tensor, context: Context) -> Tensor:
     """Run a piece over many inputs, a few at a time; the result lies on the CPU or where inputs lie."""
     device = context.policy.device
-    return torch.cat([piece(part.to(device)).to(inputs.device) for part in inputs.split(PASS)])
+    return torch.cat(
+        [piece(part.to(device)).to(inputs.device) for part in torch.split(inputs, PASS)]
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,9 @@ def _tune_or_restore(
     if saved is None:
         with (
             seeded(context.seed, "tuning", index),
-            context.reporter.task(f"reconstruction {index + 1} of {count}, {piece.name}", settings.steps) as task,
+            context.reporter.task(
+                f"reconstruction {index + 1} of {count}, {piece.name}", settings.steps
+            ) as task,
         ):
             tuner = PieceTuner(piece, problem, settings, context)
             tuner.calibrate()
@@ -162,7 +174,11 @@ class PieceTuner:
         self.problem = _channels_last(problem, context.policy.device)
         self.layers = layer_modules(piece)
         self.quantizers = quantizer_modules(piece)
-        self.weights = [w for w in (layer.weight for layer in self.layers.values()) if isinstance(w, SoftRoundWeight)]
+        self.weights = [
+            w
+            for w in (layer.weight for layer in self.layers.values())
+            if isinstance(w, SoftRoundWeight)
+        ]
         self.order = torch.empty(0, dtype=torch.long)
         self.optimizers = self._optimizers()
 
@@ -177,7 +193,9 @@ class PieceTuner:
         self.base_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
         self.step_optimizer = torch.optim.Adam(groups, fused=True) if groups else None
         rounding = [w.rounding for w in self.weights]
-        optimizers: list[torch.optim.Optimizer] = [self.step_optimizer] if self.step_optimizer else []
+        optimizers: list[torch.optim.Optimizer] = (
+            [self.step_optimizer] if self.step_optimizer else []
+        )
         if rounding:
             optimizers.append(torch.optim.Adam(rounding, lr=settings.rounding_lr, fused=True))
         trained = [p for group in groups for p in group["params"]] + rounding  # type: ignore[attr-defined]
@@ -191,7 +209,7 @@ class PieceTuner:
             quantizer.enabled = False
         inputs = self.problem.from_student[: self.settings.calibration_images]
         calibrate(
-            self.piece.student, self.quantizers, list(inputs.split(PASS)),
+            self.piece.student, self.quantizers, list(torch.split(inputs, PASS)),
             power=self.settings.power, asymmetric=self.settings.asymmetric,
         )  # fmt: skip
         for quantizer in self.quantizers.values():
@@ -210,16 +228,24 @@ class PieceTuner:
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: squared, summed over channels, averaged over the rest."""
-        error = self.piece.student(inputs) - target
+        error: Tensor = self.piece.student(inputs) - target
         return error.square().sum() * (error.shape[1] / error.numel())
 
     def regularizer(self, step: int) -> Tensor | None:
         """Return lambda times the rounding regulariser; None during the warm-up."""
         settings = self.settings
-        if step < settings.warmup * settings.steps or not self.weights or settings.rounding_weight == 0:
+        if (
+            step < settings.warmup * settings.steps
+            or not self.weights
+            or settings.rounding_weight == 0
+        ):
             return None
         beta = beta_at(
-            step, settings.steps, start=settings.beta_start, end=settings.beta_end, warmup=settings.warmup
+            step,
+            settings.steps,
+            start=settings.beta_start,
+            end=settings.beta_end,
+            warmup=settings.warmup,
         )
         terms = [rounding_regularizer(w.soft_bits(), beta) for w in self.weights]
         return settings.rounding_weight * torch.stack(terms).sum()
@@ -262,7 +288,9 @@ def _channels_last(problem: Problem, device: torch.device) -> Problem:
         x = x.to(device)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-    return Problem(convert(problem.from_teacher), convert(problem.from_student), convert(problem.target))
+    return Problem(
+        convert(problem.from_teacher), convert(problem.from_student), convert(problem.target)
+    )
 
 
 def _state(piece: Piece) -> dict[str, Tensor]:
