@@ -116,7 +116,7 @@ def _extend(integer: Student, facts: Facts, images: Tensor) -> Placement:
     integer.placement = placement
     new = {name: integer.quantizer(name) for name in activations if name not in old}
     tuning = integer.recipe.tuning
-    batches = list(images[: tuning.calibration_images].split(_BATCH))
+    batches = list(torch.split(images[: tuning.calibration_images], _BATCH))
     calibrate(integer.network, new, batches, power=tuning.power, asymmetric=tuning.asymmetric)
     _cover_pixels(integer, new)
     for quantizer in new.values():
