@@ -1,2 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""zsq: quantize a trained neural network without its data."""
+"""zsq: quantize a trained neural network without its data.
+
+>>> import zsq
+>>> teacher = zsq.load_teacher("zsq:resnet20_cifar10")
+>>> teacher.info.input_shape
+(3, 32, 32)
+"""
+
+from importlib.metadata import version
+
+from zsq.config import Recipe, load_recipe
+from zsq.pipeline import export, load, quantize, save, synthesize, tune
+from zsq.student import Student, attach
+from zsq.teacher.inspect import inspect_teacher as inspect
+from zsq.teacher.teacher import Teacher, load_teacher
+
+__version__ = version("zsq")
+__all__ = [
+    "Recipe",
+    "Student",
+    "Teacher",
+    "attach",
+    "export",
+    "inspect",
+    "load",
+    "load_recipe",
+    "load_teacher",
+    "quantize",
+    "save",
+    "synthesize",
+    "tune",
+]

@@ -62,7 +62,7 @@ class ImageFolder:
 def open_folder(
     root: Path | str,
     *,
-    input_shape: tuple[int, int, int] | None,
+    input_shape: tuple[int, ...] | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     resize: int | None = None,

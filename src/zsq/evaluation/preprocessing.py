@@ -41,7 +41,7 @@ class Preprocessing:
     @classmethod
     def checked(
         cls,
-        input_shape: tuple[int, int, int] | None,
+        input_shape: tuple[int, ...] | None,
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
         resize: int | None = None,

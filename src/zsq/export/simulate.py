@@ -100,39 +100,50 @@ def run_layer(
     The multiplier is ``s_x * s_w[c] / s_y`` in front of a quantizer and ``s_x * s_w[c]`` elsewhere,
     rounded to float32 after each operation.
     """
-    frozen = layer.frozen
-    total = accumulate(layer, codes)
-    step = accumulator_step(grid.scale, frozen.scale)
+    step = accumulator_step(grid.scale, layer.frozen.scale)
     linear = layer.operator == "aten.linear.default"
+    if linear and codes.ndim != 2:  # a matrix product, and the addition of a float bias
+        values = accumulate(layer, codes, None).float() * step
+        return values if layer.bias is None else values + layer.bias
+    bias = None if layer.bias is None else integer_bias(layer.bias, grid.scale, layer.frozen.scale)
+    total = accumulate(layer, codes, bias).float()
     shape = [-1] if linear else [-1, *[1] * (total.ndim - 2)]
-    floating_bias = linear and total.ndim != 2  # a matrix product and an addition
-    if layer.bias is not None and not floating_bias:
-        total = total + integer_bias(layer.bias, grid.scale, frozen.scale).double().reshape(shape)
-    if output is not None and not (layer.bias is not None and floating_bias):
-        return _requantized(total.float() * (step / output.scale).reshape(shape), output)
-    values = total.float() * step.reshape(shape)
-    return values + layer.bias if layer.bias is not None and floating_bias else values
+    if output is None:
+        return total * step.reshape(shape)
+    return _requantized(total * (step / output.scale).reshape(shape), output)
 
 
-def accumulate(layer: QuantizedLayer, codes: Tensor) -> Tensor:
-    """Return the exact sums of products of a layer without its bias, as float64.
+def accumulate(layer: QuantizedLayer, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the exact integer results of a layer, as float32 or float64.
 
-    Float32 arithmetic does it, several times faster, as long as no sum can exceed 2**24. Larger
+    Float32 arithmetic does it, several times faster, as long as nothing can exceed 2**24. Larger
     weights are split into two halves of 4 bits first.
+
+    Args:
+        layer: its weight is taken as codes less zero points.
+        codes: whole numbers, (N, C_in, ...).
+        bias: (C_out,) int32 or None.
     """
-    frozen = layer.frozen
+    frozen, call = layer.frozen, resolve_operator(layer.operator)
     weight = frozen.integers.float() - per_channel(frozen.zero_point, frozen.integers)
     upper = torch.floor(weight / 16)
+    lower = weight - 16 * upper
     largest = float(codes.abs().max()) if codes.numel() else 0.0
-    if _bound(weight) * largest < _EXACT:
-        parts = [(1.0, weight)]
-    elif max(_bound(upper), _bound(weight - 16 * upper)) * largest < _EXACT:
-        parts = [(16.0, upper), (1.0, weight - 16 * upper)]
-    else:
-        parts, codes = [(1.0, weight.double())], codes.double()
-    call = resolve_operator(layer.operator)
-    sums = [factor * call(codes, part, None, *layer.arguments).double() for factor, part in parts]
-    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+    offset = 0.0 if bias is None else float(bias.double().abs().max())
+    if _bound(weight) * largest + offset < _EXACT:
+        return call(codes, weight, None if bias is None else bias.float(), *layer.arguments)  # type: ignore[no-any-return]
+    wide_bias = None if bias is None else bias.double()
+    if max(_bound(upper), _bound(lower)) * largest >= _EXACT:
+        return call(codes.double(), weight.double(), wide_bias, *layer.arguments)  # type: ignore[no-any-return]
+    total: Tensor = call(codes, upper, None, *layer.arguments).double().mul_(16)
+    total += call(codes, lower, None, *layer.arguments)
+    axis = -1 if layer.operator == "aten.linear.default" else 1
+    return total if wide_bias is None else total.add_(wide_bias.reshape(_column(total, axis)))
+
+
+def _column(like: Tensor, axis: int) -> list[int]:
+    """Shape that broadcasts a vector along one axis."""
+    return [-1 if i == axis % like.ndim else 1 for i in range(like.ndim)]
 
 
 def _bound(weight: Tensor) -> float:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: what it was, how far it is, and what it left.
+
+====================  ==========================================================
+``run.json``          what was asked for, the machine, timings, results, status
+``recipe.yaml``       the resolved recipe
+``metrics.jsonl``     losses over time
+``images.safetensors``  the images, with labels and provenance
+``teacher.safetensors`` the float network, so that the run can be judged alone
+``student.safetensors`` the quantized network as packed integers
+``model.onnx``        the deployable file
+``checkpoints/``      finished pieces; gone when the run is done
+====================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from zsq.errors import RunError, UsageError
+from zsq.runtime.environment import environment
+from zsq.runtime.files import atomic_write
+
+FORMAT = 1
+
+
+class RunFolder:
+    """A run's folder; `RunFolder.start` or `RunFolder.open` make one."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+
+    @classmethod
+    def start(cls, path: Path | str, identity: dict[str, Any], *, resume: bool) -> RunFolder:
+        """Begin a run in a folder, or go on with the one it holds.
+
+        Args:
+            path: created where missing.
+            identity: everything that decides the result; must be that of the run being resumed.
+            resume: go on with an unfinished run.
+
+        Raises:
+            UsageError: the folder holds another run, or something else.
+            RunError: the folder cannot be made.
+        """
+        path = Path(path)
+        if (path / "run.json").exists():
+            folder = cls.open(path)
+            folder._check_same(identity, resume)
+            return folder
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(
+                f"{path} is not an empty folder and holds no zsq run; choose another folder with -o, "
+                "nothing in this one was touched."
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot create {path}: {error.strerror}; choose another folder."
+            ) from error
+        folder = cls(path, {
+            "format": FORMAT, "status": "running", "identity": identity,
+            "environment": environment(), "timings": {}, "results": {},
+        })  # fmt: skip
+        folder.save()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Open an existing run.
+
+        Raises:
+            UsageError: the folder holds no readable run.
+        """
+        path = Path(path)
+        try:
+            record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} is not a readable zsq run ({type(error).__name__}: run.json); give the folder that "
+                "`zsq quantize -o` wrote."
+            ) from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise UsageError(
+                f"{path}/run.json is not of format {FORMAT}; it is damaged or of another zsq."
+            )
+        return cls(path, record)
+
+    def _check_same(self, identity: dict[str, Any], resume: bool) -> None:
+        different = _differences(self.record.get("identity") or {}, identity)
+        if different:
+            raise UsageError(
+                f"{self.path} holds another run: {'; '.join(different[:3])}. Choose another folder with -o, "
+                "or repeat the command it was started with."
+            )
+        if not resume:
+            raise UsageError(
+                f"{self.path} holds this run already ({self.record.get('status')}); add --resume to go on "
+                "with it, or choose another folder with -o."
+            )
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        with atomic_write(self.path / "run.json") as temporary:
+            temporary.write_text(
+                json.dumps(self.record, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file into the folder."""
+        with atomic_write(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def note_time(self, stage: str, seconds: float) -> None:
+        """Add to a stage's time (a resumed run adds to what was spent before)."""
+        timings = self.record["timings"]
+        timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
+
+    def finish(self) -> None:
+        """Mark the run as done and drop its checkpoints."""
+        self.record["status"] = "done"
+        self.save()
+        shutil.rmtree(self.file("checkpoints"), ignore_errors=True)
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the folder's files."""
+        return self.path / name
+
+    def require(self, name: str) -> Path:
+        """Return the path of a file that must be there.
+
+        Raises:
+            UsageError: the run is not that far.
+        """
+        path = self.file(name)
+        if not path.exists():
+            raise UsageError(
+                f"{self.path} has no {name} (status: {self.record.get('status')}); finish the run with its "
+                "own command and --resume."
+            )
+        return path
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the settings in which two identities differ."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
+    return found

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from zsq.errors import UsageError, ZsqError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Quantize a trained neural network without its data.",
+)  # fmt: skip
+
+
+class Schedule(enum.StrEnum):
+    """How long to train."""
+
+    quick = "quick"
+    full = "full"
+
+
+class PrecisionChoice(enum.StrEnum):
+    """Precision of synthesis."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Model = Annotated[str, typer.Argument(help=(
+    "pytorchcv:NAME, torchvision:NAME, timm:NAME, zsq:NAME, path/to/file.py:function or a .pt2 file."
+))]  # fmt: skip
+Numbers = Annotated[str | None, typer.Option(help="Comma-separated numbers, e.g. 0.5,0.5,0.5.")]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="One image: channels,height,width.")
+]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Normalisation mean per channel, pixels in [0, 1].")
+]
+Std = Annotated[
+    str | None, typer.Option("--std", help="Normalisation standard deviation per channel.")
+]
+Weights = Annotated[str | None, typer.Option("--weights", help="Checkpoint to load, or 'random'.")]
+AllowPickle = Annotated[bool, typer.Option(
+    "--allow-pickle", help="Read pickled checkpoints. They run code from the file: only if you trust it."
+)]  # fmt: skip
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+BitsOption = Annotated[
+    str | None, typer.Option("--bits", help="Weights and activations, e.g. w4a4.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import zsq
+
+        typer.echo(f"zsq {zsq.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[str, typer.Option("-o", "--out", help="Folder for the run.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe name or YAML file.")] = "genie",
+    bits: BitsOption = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help=(
+        "edges-8bit, integer or all-low-bit."))] = None,
+    schedule: Annotated[Schedule, typer.Option("--schedule", help=(
+        "full as published; quick for a laptop, a little less accurate."))] = Schedule.full,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
+        "Change a recipe field, e.g. tuning.steps=500."))] = None,
+    images: Annotated[str | None, typer.Option("--images", help=(
+        "Folder of real images to use instead of synthetic ones."))] = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Device = "cpu",
+    precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Synthesise images, quantize, save, export to ONNX and check the file."""
+    from zsq import pipeline
+    from zsq.artifact.runfolder import RunFolder
+    from zsq.tables import run_table
+
+    pipeline.quantize(
+        model, recipe, bits=bits, protocol=protocol, schedule=schedule.value, settings=settings or (),
+        input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images, seed=seed,
+        device=device, precision=precision.value, compile=compile_, out=out, resume=resume,
+        reporter=_reporter(quiet or as_json),
+    )  # fmt: skip
+    record = {"run": out, **RunFolder.open(out).record}
+    _print(record, as_json, lambda: run_table(record))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    bits: BitsOption = None,
+    input_shape: InputShape = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Show what was understood: batch norms, units, what each protocol quantizes, size."""
+    from zsq.config import Bits
+    from zsq.tables import inspection_tables
+    from zsq.teacher.inspect import inspect_teacher
+    from zsq.teacher.teacher import load_teacher
+
+    teacher = load_teacher(
+        model,
+        input_shape=integers(input_shape, "--input-shape"),
+        weights=weights,
+        allow_pickle=allow_pickle,
+    )
+    found = inspect_teacher(teacher, Bits.parse(bits) if bits else None)
+    _print(found.to_dict(), as_json, lambda: inspection_tables(found))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Folder of a run.")],
+    target: Annotated[str, typer.Option("--target", help="Runtime to place quantizers for.")] = "ort-cpu",
+    out: Annotated[str | None, typer.Option("-o", "--out", help="File to write [RUN/model.onnx].")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help=(
+        "Accept convolutions that do not run as integers."))] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the ONNX file, run it in ONNX Runtime, compare it with the simulation."""
+    from zsq import pipeline
+    from zsq.tables import export_table
+
+    report = pipeline.export(
+        run,
+        target=target,
+        path=out,
+        allow_partial=allow_partial,
+        reporter=_reporter(quiet or as_json),
+    ).to_dict()
+    _print(report, as_json, lambda: export_table(report))
+
+
+@app.command()
+def evaluate(
+    subject: Annotated[str, typer.Argument(help="Folder of a run, an ONNX file, or a MODEL.")],
+    data: Annotated[str, typer.Option("--data", help="Folder of class folders of images.")],
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Annotated[
+        int | None, typer.Option("--resize", help="Short side before the crop.")
+    ] = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 200,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Top-1 and top-5 with standard error; teacher and student on the same images."""
+    from zsq import judge
+    from zsq.tables import evaluation_table
+
+    result = judge.evaluate(
+        subject, data, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle, batch=batch,
+        device=device, reporter=_reporter(quiet or as_json),
+    )  # fmt: skip
+    _print(result, as_json, lambda: evaluation_table(result))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List recipes with paper and settings."""
+    from zsq.config import load_recipe, recipe_names
+    from zsq.tables import recipe_details, recipes_table
+
+    if name is not None:
+        recipe = load_recipe(name)
+        _print(json.loads(recipe.model_dump_json()), as_json, lambda: recipe_details(recipe))
+        return
+    found = [load_recipe(each) for each in recipe_names()]
+    plain = [json.loads(recipe.model_dump_json()) for recipe in found]
+    _print({"recipes": plain}, as_json, lambda: recipes_table(found))
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show what is installed and what the machine offers."""
+    from zsq.runtime.environment import environment
+    from zsq.tables import environment_table
+
+    found = environment()
+    _print(found, as_json, lambda: environment_table(found))
+
+
+@app.command()
+def demo(
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Keep the run here.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small network on scikit-learn's digits, quantize it without them, deploy it."""
+    from zsq.showcase import run_demo
+    from zsq.tables import demo_table
+
+    result = run_demo(out, _reporter(quiet or as_json))
+    _print(result, as_json, lambda: demo_table(result))
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Read comma-separated numbers.
+
+    Raises:
+        UsageError: not numbers.
+
+    Example:
+        >>> numbers("0.5, 1", "--mean")
+        (0.5, 1.0)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a list of numbers like 0.5,0.5,0.5.") from error
+
+
+def integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Read comma-separated whole numbers.
+
+    Raises:
+        UsageError: not whole numbers.
+    """
+    found = numbers(text, option)
+    if found is not None and any(value != int(value) for value in found):
+        raise UsageError(f"{option} {text!r} must be whole numbers like 3,224,224.")
+    return None if found is None else tuple(int(value) for value in found)
+
+
+def _reporter(quiet: bool) -> Any:
+    from zsq.runtime.progress import make_reporter
+
+    return make_reporter("quiet" if quiet else "auto")
+
+
+def _print(result: dict[str, Any], as_json: bool, render: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    console = Console()
+    for part in render():
+        console.print(part)
+
+
+def main() -> None:
+    """Run the command line; exit 2 for what cannot work, 1 for what failed, 130 when interrupted."""
+    try:
+        app()
+    except ZsqError as error:
+        sys.stderr.write(f"zsq: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("zsq: interrupted; the same command with --resume goes on from here.\n")
+        sys.exit(130)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb: a student goes in, a checked ONNX file comes out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from zsq.errors import RunError, UsageError
+from zsq.export.deploy import to_integer
+from zsq.export.onnx import export_float, write_integer
+from zsq.export.parity import ExportReport, measure
+from zsq.export.simulate import IntegerSimulation
+from zsq.runtime.files import atomic_write
+from zsq.student import Student
+from zsq.teacher.fold import fold_batch_norms
+
+_WRITERS: dict[str, Callable[[Student, Path], None]] = {"ort-cpu": write_integer}
+TARGETS = tuple(_WRITERS)
+
+
+def export_student(
+    student: Student, float_network: GraphModule, images: Tensor, path: Path | str, *,
+    target: str = "ort-cpu", allow_partial: bool = False, threads: int | None = None,
+    parity_images: int = 256,
+) -> tuple[ExportReport, Student]:  # fmt: skip
+    """Write a student as an integer ONNX file, run it, and compare it with the simulation.
+
+    Args:
+        student: calibrated, of any protocol; edges that its protocol leaves float are quantized to
+            8 bits. Stays as it is.
+        float_network: the teacher's network, for size and time to compare with.
+        images: (N, C, H, W), normalised: calibrate the extra edges and check the file.
+        path: the file; appears only when the export succeeded.
+        target: one of `TARGETS`.
+        allow_partial: accept a file in which some convolutions run in float.
+        threads: of ONNX Runtime while it is timed; None means one per usable core.
+        parity_images: how many of ``images`` are compared.
+
+    Returns:
+        What was measured, and the integer student that the file holds (`IntegerSimulation` runs it
+        exactly as the file does).
+
+    Raises:
+        UsageError: unknown target, wrong images, or a student that is not calibrated.
+        RunError: the network cannot be expressed in ONNX, or convolutions would run in float.
+    """
+    if target not in _WRITERS:
+        raise UsageError(
+            f"export target {target!r} is unknown; choose one of {', '.join(TARGETS)}."
+        )
+    integer = to_integer(student, images)
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as temporary:
+        reference = Path(folder) / "float.onnx"
+        export_float(fold_batch_norms(float_network), reference, student.info.input_shape)
+        _WRITERS[target](integer, temporary)
+        report = measure(
+            IntegerSimulation(integer), temporary, reference, images[:parity_images],
+            target=target, threads=threads,
+        )  # fmt: skip
+        if report.fused < report.convs and not allow_partial:
+            raise RunError(_partial(report))
+    return report, integer
+
+
+def _partial(report: ExportReport) -> str:
+    names = "; ".join(report.unfused[:5]) or "their names are lost in the runtime's graph"
+    more = f"; and {len(report.unfused) - 5} more" if len(report.unfused) > 5 else ""
+    return (
+        f"{report.convs - report.fused} of {report.convs} convolutions would run in float: {names}{more}. "
+        "Pass allow_partial=True (--allow-partial) to accept a slower file."
+    )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the exported file compute what the simulation says, in integers, and faster?
+
+Everything here is measured by running the file in ONNX Runtime: nothing is inferred from the graph
+that was written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from zsq.export.fusion import Fusion, read_fusion
+from zsq.export.onnx import INPUT
+
+_BATCH = 64
+#: Timing stops after this many seconds, at least `_LEAST` runs of each file.
+_SECONDS, _LEAST, _MOST = 4.0, 10, 100
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an exported file was measured to be.
+
+    Attributes:
+        target: runtime and device the file is made for.
+        agreement: images with the same top-1 class in file and simulation, in per cent.
+        max_step_difference: largest difference of a logit, in steps of an 8-bit grid over the range
+            of the simulation's logits: ``(max - min) / 255``.
+        identical: share of logits that are the same float, in per cent.
+        images: number of images compared.
+        fused: convolutions that run in integers.
+        convs: convolutions in the file.
+        fused_matmuls: matrix products that run in integers.
+        matmuls: matrix products in the file.
+        unfused: what was left in float and why, one sentence each.
+        bytes: size of the file.
+        float_bytes: size of the float file.
+        ratio: ``float_bytes / bytes``.
+        latency_ms: median time of one image.
+        float_latency_ms: median time of one image in the float file.
+        speedup: ``float_latency_ms / latency_ms``.
+        threads: threads that both were timed with.
+    """
+
+    target: str
+    agreement: float
+    max_step_difference: float
+    identical: float
+    images: int
+    fused: int
+    convs: int
+    fused_matmuls: int
+    matmuls: int
+    unfused: tuple[str, ...]
+    bytes: int
+    float_bytes: int
+    ratio: float
+    latency_ms: float
+    float_latency_ms: float
+    speedup: float
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {**asdict(self), "unfused": list(self.unfused)}
+
+
+def measure(
+    simulation: nn.Module, path: Path | str, float_path: Path | str, images: Tensor, *,
+    target: str, threads: int | None = None,
+) -> ExportReport:  # fmt: skip
+    """Compare an exported file with the simulation and with the float file.
+
+    Args:
+        simulation: (N, C, H, W) -> logits; see `zsq.export.simulate.IntegerSimulation`.
+        path: the integer file.
+        float_path: the float file.
+        images: (N, C, H, W), normalised.
+        target: written into the report.
+        threads: of ONNX Runtime; None means one per usable core.
+
+    Returns:
+        The measurements.
+    """
+    threads = threads or usable_cores()
+    session = open_session(path, threads)
+    ran = run_file(session, images)
+    with torch.no_grad():
+        simulated = torch.cat([simulation(batch) for batch in torch.split(images, _BATCH)])
+    fusion = fusion_of(path)
+    sizes = Path(path).stat().st_size, Path(float_path).stat().st_size
+    latency, float_latency = latencies([session, open_session(float_path, threads)], images[:1])
+    return ExportReport(
+        target=target, **_agreement(ran, simulated), images=len(images),
+        fused=fusion.fused_convs, convs=fusion.convs,
+        fused_matmuls=fusion.fused_matmuls, matmuls=fusion.matmuls, unfused=fusion.unfused,
+        bytes=sizes[0], float_bytes=sizes[1], ratio=sizes[1] / sizes[0],
+        latency_ms=latency, float_latency_ms=float_latency, speedup=float_latency / latency,
+        threads=threads,
+    )  # fmt: skip
+
+
+def _agreement(ran: Tensor, simulated: Tensor) -> dict[str, float]:
+    step = float(simulated.max() - simulated.min()) / 255
+    difference = float((ran.double() - simulated.double()).abs().max())
+    return {
+        "agreement": 100 * float((ran.argmax(1) == simulated.argmax(1)).double().mean()),
+        "max_step_difference": difference / step if step > 0 else 0.0,
+        "identical": 100 * float((ran == simulated).double().mean()),
+    }
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_session(path: Path | str, threads: int, optimized: Path | None = None) -> Any:
+    """Open a file in ONNX Runtime on the CPU.
+
+    Args:
+        path: the file.
+        threads: intra-operator threads.
+        optimized: where to save the graph that the runtime will execute.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if optimized is not None:
+        # one level below the default: the last one only renames what stayed float for its layout
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_file(session: Any, images: Tensor) -> Tensor:
+    """Return the logits that a file computes."""
+    name = session.get_inputs()[0].name
+    batches = images.detach().cpu().float().split(_BATCH)
+    return torch.cat([torch.from_numpy(session.run(None, {name: b.numpy()})[0]) for b in batches])
+
+
+def fusion_of(path: Path | str) -> Fusion:
+    """Let ONNX Runtime optimise a file and read what became of its layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, 1, optimized)
+        return read_fusion(onnx.load(str(path)), onnx.load(str(optimized)))
+
+
+def latencies(sessions: Sequence[Any], image: Tensor) -> list[float]:
+    """Return the median milliseconds of each session on one image, runs interleaved.
+
+    Interleaved, because whatever else the machine does then slows down all of them.
+    """
+    feed = {INPUT: image.detach().cpu().float().numpy()}
+    times: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        for _ in range(3):
+            session.run(None, feed)
+    begin = time.perf_counter()
+    while len(times[0]) < _LEAST or (
+        len(times[0]) < _MOST and time.perf_counter() - begin < _SECONDS
+    ):
+        for session, record in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feed)
+            record.append(1000 * (time.perf_counter() - start))
+    return [median(record) for record in times]

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judging a run, a model or an ONNX file on a folder of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from zsq.artifact.networkfile import load_saved_teacher, load_student
+from zsq.artifact.runfolder import RunFolder
+from zsq.errors import UsageError
+from zsq.evaluation.folder import open_folder
+from zsq.evaluation.metrics import Evaluation, evaluate_networks
+from zsq.export.simulate import IntegerSimulation
+from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.teacher.teacher import ModelInfo, load_teacher
+
+Network = Callable[[Tensor], Tensor]
+
+
+def evaluate(
+    subject: str | Path,
+    data: str | Path,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    resize: int | None = None,
+    batch: int = 200,
+    device: str = "cpu",
+    weights: str | None = None,
+    allow_pickle: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure top-1 and top-5 on an ImageFolder.
+
+    Args:
+        subject: a run folder (teacher, student, and ONNX file where there is one, all on the same
+            images), an ONNX file, or a MODEL string.
+        data: folder of class folders of images; class index = position in sorted order.
+        input_shape: (C, H, W), where the subject does not know it.
+        mean: normalisation mean per channel, likewise.
+        std: normalisation standard deviation, likewise.
+        resize: resize the short side to this before the centre crop.
+        batch: images per pass.
+        device: for networks that run in torch.
+        weights: checkpoint for a MODEL string.
+        allow_pickle: read checkpoints that run code when read.
+        reporter: progress.
+
+    Returns:
+        ``{"teacher": {"top1", "top5", "stderr", "images"}, "student": ..., "onnx": ...,
+        "agreement": per cent of images on which teacher and student agree, ...}``.
+
+    Raises:
+        UsageError: unreadable subject or data, unknown normalisation.
+    """
+    given = {"input_shape": input_shape, "mean": mean, "std": std}
+    path = Path(subject)
+    if path.is_dir():
+        networks, info = _of_run(path, device)
+    elif path.suffix == ".onnx":
+        networks, info = _of_file(path, given)
+    else:
+        teacher = load_teacher(
+            str(subject),
+            weights=weights,
+            allow_pickle=allow_pickle,
+            input_shape=input_shape,
+            mean=mean,
+            std=std,
+        )
+        networks, info = {"teacher": _on_device(teacher.network, device)}, teacher.info
+    folder = open_folder(
+        data, input_shape=info.input_shape, mean=mean or info.mean, std=std or info.std,
+        resize=resize if resize is not None else info.resize,
+    )  # fmt: skip
+    reporter = reporter or QuietReporter()
+    with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
+        evaluation = evaluate_networks(networks, folder.batches(batch), progress=_advancer(task))
+    return _result(evaluation, subject, data)
+
+
+def _advancer(task: Any) -> Callable[[int], None]:
+    """Adapt "n images done so far" to "n more"."""
+    seen = 0
+
+    def advance(done: int) -> None:
+        nonlocal seen
+        task.advance(done - seen)
+        seen = done
+
+    return advance
+
+
+def _on_device(network: torch.nn.Module, device: str) -> Network:
+    placed = network.to(device).eval()
+    return lambda x: placed(x.to(device)).cpu()
+
+
+def _of_run(path: Path, device: str) -> tuple[dict[str, Network], ModelInfo]:
+    folder = RunFolder.open(path)
+    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
+    student = load_student(folder.require("student.safetensors"))
+    networks = {
+        "teacher": _on_device(teacher.network, device),
+        "student": _on_device(student, device),
+    }
+    if folder.file("model.onnx").exists() and folder.file("integer.safetensors").exists():
+        networks["onnx"] = open_onnx(folder.file("model.onnx"))
+        networks["simulation"] = IntegerSimulation(load_student(folder.file("integer.safetensors")))
+    return networks, teacher.info
+
+
+def _of_file(path: Path, given: dict[str, Any]) -> tuple[dict[str, Network], ModelInfo]:
+    session = _session(path)
+    properties = dict(session.get_modelmeta().custom_metadata_map)
+    known = {k: _numbers(properties.get(f"zsq.{k}", "")) for k in ("input_shape", "mean", "std")}
+    chosen = {k: given[k] or known[k] for k in known}
+    if not chosen["input_shape"]:
+        chosen["input_shape"] = _declared_shape(session)
+    if not chosen["input_shape"]:
+        raise UsageError(f"{path} does not say its input shape; pass --input-shape C,H,W.")
+    shape = tuple(int(side) for side in chosen["input_shape"])
+    info = ModelInfo(str(path), shape, chosen["mean"], chosen["std"])
+    return {"onnx": _runner(session)}, info
+
+
+def _declared_shape(session: Any) -> tuple[float, ...] | None:
+    shape = session.get_inputs()[0].shape[1:]
+    return tuple(shape) if shape and all(isinstance(side, int) for side in shape) else None
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    try:
+        return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip()) or None
+    except ValueError:
+        return None
+
+
+def _session(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; give an ONNX file.")
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UsageError(f"{path} cannot be opened by ONNX Runtime: {str(error)[:200]}") from error
+
+
+def _runner(session: Any) -> Network:
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
+
+
+def open_onnx(path: Path) -> Network:
+    """Return an ONNX file as a function of a tensor.
+
+    Raises:
+        UsageError: missing or unreadable.
+    """
+    return _runner(_session(path))
+
+
+def _result(evaluation: Evaluation, subject: str | Path, data: str | Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"subject": str(subject), "data": str(data)}
+    for name, score in evaluation.scores.items():
+        result[name] = score.to_dict()
+    names = set(evaluation.scores)
+    if {"teacher", "student"} <= names:
+        result["agreement"] = evaluation.agreement("teacher", "student")
+        result["drop"] = evaluation.difference("teacher", "student").to_dict()
+    if {"onnx", "simulation"} <= names:
+        result["onnx"]["agreement"] = evaluation.agreement("onnx", "simulation")
+        result["onnx"]["drop"] = evaluation.difference("student", "onnx").to_dict()
+    return result

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way: load, synthesise, attach, tune, save, export. Each stage is one public verb."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsq.artifact.networkfile import (
+    fingerprint,
+    load_saved_teacher,
+    load_student,
+    save_student,
+    save_teacher,
+)
+from zsq.artifact.runfolder import RunFolder
+from zsq.config import Recipe, load_recipe, to_yaml
+from zsq.errors import UsageError
+from zsq.evaluation.folder import load_images, open_folder
+from zsq.export.export import export_student
+from zsq.export.parity import ExportReport
+from zsq.runtime.checkpoints import Checkpoints
+from zsq.runtime.context import Context
+from zsq.runtime.metrics import MetricsLog
+from zsq.runtime.policy import Policy, Precision, make_policy
+from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.student import Student, attach, prepared_network
+from zsq.synthesis.genie import predict, synthesize_genie
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import Teacher, load_teacher
+from zsq.tuning.reconstruct import reconstruct
+
+#: Images that calibrate extra edges and judge parity at export.
+EXPORT_IMAGES = 256
+
+Images = ImageSet | Tensor | str | Path | None
+
+
+def synthesize(
+    teacher: Teacher, recipe: Recipe | str = "genie", *, context: Context | None = None
+) -> ImageSet:
+    """Make images from a teacher's batch norm statistics.
+
+    Args:
+        teacher: from `load_teacher`.
+        recipe: its ``synthesis`` part says how and how many.
+        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
+
+    Raises:
+        UsageError: the teacher has no batch norm with running statistics.
+        RunError: the loss became NaN.
+    """
+    return synthesize_genie(teacher, load_recipe(recipe).synthesis, context or Context())
+
+
+def tune(
+    teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
+) -> Student:
+    """Tune a student on images with its recipe's tuner; return it frozen on integers."""
+    return reconstruct(teacher, student, images, context or Context())
+
+
+def quantize(
+    model: str | nn.Module | torch.export.ExportedProgram,
+    recipe: str | Path | Recipe = "genie",
+    *,
+    bits: str | None = None,
+    protocol: str | None = None,
+    schedule: Literal["quick", "full"] = "full",
+    settings: Sequence[str] = (),
+    example_inputs: Tensor | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    weights: str | None = None,
+    allow_pickle: bool = False,
+    images: Images = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: Precision = "auto",
+    compile: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Student:
+    """Quantize a trained network without its data.
+
+    Args:
+        model: a MODEL string (``pytorchcv:resnet20_cifar10``, ``file.py:function``, ``net.pt2``,
+            ``zsq:resnet20_cifar10``, ...), a module, or an exported program. Not changed.
+        recipe: name of a recipe, a YAML file, or a `Recipe`.
+        bits: like ``w4a4``; None keeps the recipe's.
+        protocol: ``edges-8bit``, ``integer`` or ``all-low-bit``; None keeps the recipe's.
+        schedule: ``full`` as published, ``quick`` for a laptop.
+        settings: ``KEY=VALUE`` changes of recipe fields.
+        example_inputs: a batch (N, C, H, W) that tells the input shape.
+        input_shape: (C, H, W), alternatively.
+        mean: normalisation mean per channel; needed only with a folder of real images.
+        std: normalisation standard deviation, likewise.
+        weights: a checkpoint to load into the model, or ``random``.
+        allow_pickle: read checkpoints that run code when read.
+        images: real images instead of synthetic ones: an `ImageSet`, a normalised tensor
+            (N, C, H, W), or an ImageFolder's path.
+        seed: every random draw derives from it.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: of synthesis: ``auto`` is bf16 where the hardware has it.
+        compile: allow `torch.compile` for loops long enough to repay it.
+        out: folder for the run; with it the run can be resumed and an ONNX file is exported.
+        resume: go on with an interrupted run in ``out``.
+        reporter: progress; quiet by default.
+
+    Returns:
+        The quantized network, a `torch.nn.Module` on the CPU.
+
+    Raises:
+        UsageError: anything about the request that cannot work.
+        RunError: a loss became NaN, the disk is full, the exported file disagrees.
+    """
+    if example_inputs is not None and input_shape is None:
+        input_shape = tuple(example_inputs.shape[1:])
+    teacher = load_teacher(
+        model,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        weights=weights,
+        allow_pickle=allow_pickle,
+    )
+    resolved = load_recipe(
+        recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
+    )
+    policy = make_policy(device, precision, compile)
+    reporter = reporter or QuietReporter()
+    if out is None:
+        context = Context(seed=seed, policy=policy, reporter=reporter)
+        chosen = _images(teacher, resolved, images, context)
+        student = tune(teacher, attach(teacher, resolved), chosen, context=context)
+        return student.to("cpu")
+    folder = RunFolder.start(out, _identity(teacher, resolved, seed, policy, images), resume=resume)
+    with MetricsLog(folder.file("metrics.jsonl")) as metrics:
+        checkpoints = Checkpoints(folder.file("checkpoints"))
+        context = Context(seed, policy, reporter, checkpoints, metrics)
+        student = _run(folder, teacher, resolved, images, context)
+    folder.finish()
+    return student
+
+
+def _identity(
+    teacher: Teacher, recipe: Recipe, seed: int, policy: Policy, images: Images
+) -> dict[str, object]:
+    """Everything that decides a run's result."""
+    source = str(images) if isinstance(images, (str, Path)) else None
+    return {
+        "model": teacher.info.reference, "network": fingerprint(teacher.network),
+        "recipe": json.loads(recipe.model_dump_json()), "seed": seed,
+        "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
+        "compile": policy.compile, "images": source or ("given" if images is not None else "synthetic"),
+    }  # fmt: skip
+
+
+@contextmanager
+def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        folder.note_time(stage, time.perf_counter() - start)
+        folder.save()
+
+
+def _run(
+    folder: RunFolder, teacher: Teacher, recipe: Recipe, images: Images, context: Context
+) -> Student:
+    """All stages of a run with a folder; finished ones are read back."""
+    folder.write_text("recipe.yaml", to_yaml(recipe))
+    if not folder.file("teacher.safetensors").exists():
+        save_teacher(teacher, folder.file("teacher.safetensors"))
+    path = folder.file("images.safetensors")
+    if path.exists():
+        chosen = ImageSet.load(path)
+    else:
+        with _timed(folder, "images"):
+            chosen = _images(teacher, recipe, images, context)
+        chosen.save(path)
+    path = folder.file("student.safetensors")
+    if not path.exists():
+        with _timed(folder, "tuning"):
+            student = tune(teacher, attach(teacher, recipe), chosen, context=context)
+        save_student(student.to("cpu"), path)
+    student = load_student(path)
+    if not folder.file("model.onnx").exists() or "export" not in folder.record["results"]:
+        with _timed(folder, "export"):
+            _export(folder, "ort-cpu", folder.file("model.onnx"), False, context.reporter)
+    return student
+
+
+def _images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:
+    """Return the images to tune with: given, read from a folder, or synthesised."""
+    info = teacher.info
+    if isinstance(images, ImageSet):
+        return images.check(info.input_shape)
+    if isinstance(images, Tensor):
+        given = ImageSet(
+            images.float(), torch.zeros(len(images), dtype=torch.long), {"method": "given"}
+        )
+        given.check(info.input_shape)
+        return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
+    if images is not None:
+        opened = open_folder(
+            images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
+        )
+        pixels, labels = load_images(
+            opened, min(recipe.synthesis.images, len(opened)), context.seed
+        )
+        provenance: dict[str, object] = {
+            "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
+        }  # fmt: skip
+        return ImageSet(pixels, labels, provenance).check(info.input_shape)
+    return synthesize(teacher, recipe, context=context)
+
+
+def load(run: str | Path) -> Student:
+    """Load the quantized network of a run; the model's original script is not needed.
+
+    Args:
+        run: the folder that `quantize` wrote, or a ``student.safetensors`` file.
+
+    Raises:
+        UsageError: unreadable, truncated, or unfinished.
+    """
+    path = Path(run)
+    if path.is_file():
+        return load_student(path)
+    return load_student(RunFolder.open(path).require("student.safetensors"))
+
+
+def save(student: Student, path: str | Path) -> None:
+    """Save a quantized network as packed integers in one safetensors file that `load` reads."""
+    save_student(student, Path(path))
+
+
+def export(
+    run: str | Path,
+    *,
+    target: str = "ort-cpu",
+    path: str | Path | None = None,
+    allow_partial: bool = False,
+    reporter: Reporter | None = None,
+) -> ExportReport:
+    """Export a run's network to ONNX, run the file, and compare it with the simulation.
+
+    Args:
+        run: the folder that `quantize` wrote.
+        target: the runtime to place quantizers for.
+        path: the file to write; ``model.onnx`` in the run folder by default.
+        allow_partial: accept convolutions that the runtime does not run as integers.
+        reporter: for notes.
+
+    Returns:
+        Agreement, fused layers, size and time.
+
+    Raises:
+        UsageError: unknown target, or no finished run.
+        RunError: layers did not fuse, or the file could not be written.
+    """
+    folder = RunFolder.open(run)
+    destination = Path(path) if path is not None else folder.file("model.onnx")
+    report = _export(folder, target, destination, allow_partial, reporter)
+    folder.save()
+    return report
+
+
+def _export(
+    folder: RunFolder,
+    target: str,
+    destination: Path,
+    allow_partial: bool,
+    reporter: Reporter | None,
+) -> ExportReport:
+    student = load_student(folder.require("student.safetensors"))
+    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
+    images = ImageSet.load(folder.require("images.safetensors"))
+    float_network = prepared_network(
+        teacher, student.recipe.model_copy(update={"fold_batch_norm": True})
+    )
+    if reporter is not None:
+        reporter.note("export: writing the ONNX file and running it against the simulation")
+    report, integer = export_student(
+        student, float_network, images.images[:EXPORT_IMAGES], destination,
+        target=target, allow_partial=allow_partial,
+    )  # fmt: skip
+    save_student(integer, folder.file("integer.safetensors"))
+    folder.record["results"]["export"] = report.to_dict()
+    return report
+
+
+def check_reference(reference: str) -> None:
+    """Refuse an empty MODEL early.
+
+    Raises:
+        UsageError: nothing was given.
+    """
+    if not reference.strip():
+        raise UsageError(
+            "MODEL is empty; give e.g. zsq:resnet20_cifar10 or path/to/file.py:function."
+        )

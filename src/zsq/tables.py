@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from zsq.config import Recipe, Synthesis, Tuning, to_yaml
+from zsq.teacher.inspect import Inspection
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> size(1_500_000)
+        '1.50 MB'
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
+    """Summarise a finished run."""
+    table = _table(f"run {escape(record['run'])}: {record['status']}", "what", "value")
+    identity = record["identity"]
+    recipe = identity["recipe"]
+    bits = recipe["bits"]
+    table.add_row("model", escape(identity["model"]))
+    table.add_row(
+        "recipe",
+        f"{recipe['name']}, {recipe['protocol']}, w{bits['weights']}a{bits['activations']}",
+    )
+    for stage, seconds in record["timings"].items():
+        table.add_row(f"time, {stage}", f"{seconds:.1f} s")
+    yield table
+    if "export" in record["results"]:
+        yield from export_table(record["results"]["export"])
+
+
+def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
+    """Show what an export came to."""
+    table = _table("ONNX file against the simulation", "what", "value")
+    for key, value in report.items():
+        if key == "bytes" or key.endswith("_bytes"):
+            value = size(value)
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+    yield table
+
+
+def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
+    """Show accuracies."""
+    table = _table(
+        f"accuracy on {escape(result['data'])}", "network", "top-1 %", "+-", "top-5 %", "images"
+    )
+    for name in ("teacher", "student", "simulation", "onnx"):
+        if name in result:
+            score = result[name]
+            cells = (
+                f"{score['top1']:.2f}",
+                f"{score['stderr']:.2f}",
+                f"{score['top5']:.2f}",
+                str(score["images"]),
+            )
+            table.add_row(name, *cells)
+    yield table
+    if "agreement" in result:
+        drop = result["drop"]
+        yield (
+            f"teacher and student agree on {result['agreement']:.2f} % of the images; the student is "
+            f"{drop['points']:.2f} +- {drop['stderr']:.2f} points below."
+        )
+    if "agreement" in result.get("onnx", {}):
+        yield f"ONNX file and its simulation agree on {result['onnx']['agreement']:.2f} %."
+
+
+def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
+    """Show what was understood of a network."""
+    facts = _table(escape(found.model), "what", "value")
+    facts.add_row("input", " x ".join(map(str, found.input_shape)))
+    facts.add_row("parameters", f"{found.parameters:,}")
+    facts.add_row("multiply-accumulates", f"{found.macs:,}")
+    facts.add_row("size in float32", size(found.float_bytes))
+    facts.add_row("batch norms with statistics", str(len(found.batch_norms)))
+    facts.add_row("of them foldable", str(len(found.pairs)))
+    yield facts
+    if not found.batch_norms:
+        yield (
+            "No batch norm has running statistics: images cannot be synthesised from this network; "
+            "quantize it with --images FOLDER."
+        )
+    units = _table("reconstruction units", "unit", "layers")
+    for unit in found.units:
+        units.add_row(escape(unit["name"]), str(len(unit["layers"])))
+    yield units
+    plans = _table(
+        "protocols", "protocol", "weights (layers)", "activations (tensors)", "expected size"
+    )
+    for name, plan in found.protocols.items():
+        cells = [
+            ", ".join(f"{n} at {b}" for b, n in plan[k].items()) for k in ("weights", "activations")
+        ]
+        plans.add_row(name, *cells, size(plan["bytes"]))
+    yield plans
+    layers = _table(
+        "layers", "layer", "weight", "groups", "MACs", *(f"bits, {p}" for p in found.protocols)
+    )
+    for layer in found.layers:
+        bits = [str(layer["bits"][p]) for p in found.protocols]
+        shape = "x".join(map(str, layer["weight"]))
+        layers.add_row(
+            escape(layer["path"]), shape, str(layer["groups"]), f"{layer['macs']:,}", *bits
+        )
+    yield layers
+
+
+def recipes_table(found: Iterable[Recipe]) -> Iterable[RenderableType]:
+    """List recipes."""
+    table = Table(title="recipes (zsq recipes NAME shows every setting)", title_justify="left")
+    for column in ("recipe", "what", "paper", "full schedule"):
+        table.add_column(column, overflow="fold")
+    for recipe in found:
+        s, t = recipe.synthesis, recipe.tuning
+        schedule = f"{s.images} images x {s.steps} steps, {t.steps} steps a {t.unit}"
+        table.add_row(recipe.name, escape(recipe.title), escape(recipe.paper), schedule)
+    yield table
+
+
+def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
+    """Show one recipe with the meaning of its settings."""
+    yield escape(to_yaml(recipe))
+    table = _table("what the settings mean", "setting", "meaning")
+    for part, model in (("synthesis", Synthesis), ("tuning", Tuning)):
+        for name, field in model.model_fields.items():
+            if field.description:
+                table.add_row(f"{part}.{name}", escape(field.description))
+    yield table
+
+
+def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:
+    """Show the environment."""
+    table = _table("environment", "what", "value")
+    for key, value in found.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for name, content in rows:
+            table.add_row(f"{key} {name}".strip(), escape(str(content)))
+    yield table
+
+
+def demo_table(result: dict[str, Any]) -> Iterable[RenderableType]:
+    """Show FP32, simulation and ONNX file side by side."""
+    table = _table(
+        result["title"], "network", "top-1 % on held-out digits", "size", "time per image"
+    )
+    for row in result["rows"]:
+        time = "" if row["milliseconds"] is None else f"{row['milliseconds']:.3f} ms"
+        table.add_row(row["name"], f"{row['top1']:.2f}", size(row["bytes"]), time)
+    yield table
+    yield escape(result["closing"])

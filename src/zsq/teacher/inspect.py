@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What zsq understood of a network, before anything long starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from zsq.config import Bits, Override
+from zsq.quantizers.protocol import PROTOCOLS, Placement, place
+from zsq.teacher.fold import find_pairs, fold_batch_norms, module_of
+from zsq.teacher.layers import BatchNorm, Layer
+from zsq.teacher.taps import batch_norm_nodes
+from zsq.teacher.teacher import Teacher
+from zsq.teacher.units import find_units
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a network.
+
+    Attributes:
+        model: what the user typed.
+        input_shape: (C, H, W).
+        parameters: number of parameters.
+        macs: multiply-accumulates of one image in convolutions and linear layers.
+        float_bytes: parameters in float32.
+        batch_norms: paths of batch norms with stored statistics.
+        pairs: (layer, batch norm) paths that fold.
+        units: reconstruction units: name and layers.
+        protocols: per protocol: layers and tensors per bit-width, expected bytes of the weights.
+        layers: per layer: path, kind, weight shape, MACs, bits per protocol.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    parameters: int
+    macs: int
+    float_bytes: int
+    batch_norms: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    units: tuple[dict[str, Any], ...]
+    protocols: dict[str, dict[str, Any]]
+    layers: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as plain data, for JSON."""
+        return asdict(self)
+
+
+class _Counter(Interpreter):
+    """Counts multiply-accumulates per layer on one image."""
+
+    def __init__(self, network: GraphModule) -> None:
+        super().__init__(network)
+        self.network = network
+        self.macs: Counter[str] = Counter()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        module = module_of(self.network, n)
+        if isinstance(module, Layer) and isinstance(result, Tensor):
+            per_output = module.weight.numel() // module.weight.shape[0]
+            self.macs[str(n.target)] += result.numel() * per_output
+        return result
+
+
+@torch.no_grad()
+def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Return the multiply-accumulates of one image per layer path."""
+    counter = _Counter(network)
+    counter.run(torch.zeros(1, *input_shape))
+    return dict(counter.macs)
+
+
+def inspect_teacher(
+    teacher: Teacher, bits: Bits | None = None, overrides: Iterable[Override] = ()
+) -> Inspection:
+    """Look at a teacher.
+
+    Args:
+        teacher: from `zsq.load_teacher`.
+        bits: low-bit widths to plan with; w4a4 by default.
+        overrides: per-layer bits.
+
+    Raises:
+        UsageError: nothing to quantize.
+    """
+    bits = bits or Bits()
+    folded = fold_batch_norms(teacher.network)
+    placements = {name: place(folded, name, bits, tuple(overrides)) for name in PROTOCOLS}
+    macs = count_macs(folded, teacher.info.input_shape)
+    network = teacher.network
+    parameters = sum(p.numel() for p in network.parameters())
+    return Inspection(
+        model=teacher.info.reference,
+        input_shape=teacher.info.input_shape,
+        parameters=parameters,
+        macs=sum(macs.values()),
+        float_bytes=4 * parameters,
+        batch_norms=tuple(str(n.target) for n in batch_norm_nodes(network)),
+        pairs=tuple((p.layer, p.batch_norm) for p in find_pairs(network)),
+        units=tuple({"name": u.name, "layers": list(u.layers)} for u in find_units(folded)),
+        protocols={name: _summary(folded, p) for name, p in placements.items()},
+        layers=tuple(
+            _layer(folded, path, macs, placements) for path in placements["integer"].weights
+        ),
+    )
+
+
+def _layer(
+    network: GraphModule, path: str, macs: dict[str, int], placements: dict[str, Placement]
+) -> dict[str, Any]:
+    layer = network.get_submodule(path)
+    assert isinstance(layer, Layer)
+    return {
+        "path": path, "kind": layer.operator.split(".")[1], "weight": list(layer.weight.shape),
+        "groups": layer.groups, "macs": macs.get(path, 0),
+        "bits": {name: p.weights[path] for name, p in placements.items()},
+    }  # fmt: skip
+
+
+def _summary(network: GraphModule, placement: Placement) -> dict[str, Any]:
+    """Count layers and tensors per bit-width; expect packed codes plus 5 bytes a channel."""
+    size = 0
+    for path, bits in placement.weights.items():
+        layer = network.get_submodule(path)
+        assert isinstance(layer, Layer)
+        channels = layer.weight.shape[0]
+        size += -(-layer.weight.numel() * bits // 8) + channels * (
+            5 + (4 if layer.bias is not None else 0)
+        )
+    rest = [m for m in network.modules() if isinstance(m, BatchNorm)]
+    size += sum(16 * m.running_mean.numel() for m in rest)
+    return {
+        "weights": dict(sorted(Counter(f"{b} bits" for b in placement.weights.values()).items())),
+        "activations": dict(sorted(Counter(f"{b} bits" for b in placement.activations.values()).items())),
+        "bytes": size,
+    }  # fmt: skip
