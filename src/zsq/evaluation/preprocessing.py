@@ -32,7 +32,7 @@ class Preprocessing:
         interpolation: of that resize: nearest, bilinear, bicubic, ... (Pillow's names).
     """
 
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: int | None = None

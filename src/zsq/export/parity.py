@@ -150,7 +150,7 @@ def open_session(path: Path | str, threads: int, optimized: Path | None = None) 
 def run_file(session: Any, images: Tensor) -> Tensor:
     """Return the logits that a file computes."""
     name = session.get_inputs()[0].name
-    batches = images.detach().cpu().float().split(_BATCH)
+    batches = torch.split(images.detach().cpu().float(), _BATCH)
     return torch.cat([torch.from_numpy(session.run(None, {name: b.numpy()})[0]) for b in batches])
 
 
