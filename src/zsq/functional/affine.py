@@ -70,7 +70,8 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize with LSQ's gradients, keeping two tensors for the backward pass.
 
     Written out because autograd's own version of the same formula stores and re-reads eight tensors
-    of the activation's size, which is what a step on small blocks spends its time on.
+    of the activation's size, which is what a step on small blocks spends its time on. Masks are
+    floats of the data's own layout: such operations run vectorised, boolean selections do not.
     """
 
     @staticmethod
@@ -78,17 +79,17 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, keep: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        low_offset, high_offset = low - zero_point, high - zero_point
         ratio = x / scale
-        rounded = torch.round(ratio).clamp_(low_offset, high_offset)
-        inside = (ratio >= low_offset) & (ratio <= high_offset)
+        clipped = ratio.clamp(low - zero_point, high - zero_point)
+        rounded = torch.round(clipped)
+        inside = clipped.eq_(ratio)  # in place: 1.0 or 0.0
         # d/ds is (rounded - ratio) inside and the clipped code outside
-        slope = torch.where(inside, rounded - ratio, rounded)
+        slope = torch.addcmul(rounded, ratio, inside, value=-1)
         values = rounded.mul_(scale)
         if keep is not None:
-            values = torch.where(keep, x, values)
-            inside |= keep
-            slope.masked_fill_(keep, 0.0)
+            values = torch.lerp(values, x, keep)  # exact at weights 0 and 1
+            slope = torch.addcmul(slope, slope, keep, value=-1)
+            inside = torch.maximum(inside, keep)
         ctx.save_for_backward(inside, slope)
         return values
 
@@ -100,7 +101,7 @@ class _FakeQuantize(torch.autograd.Function):
         to_x = gradient * inside if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         to_scale = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            to_scale = torch.dot(gradient.flatten(), slope.flatten())
+            to_scale = (gradient * slope).sum()
         return to_x, to_scale, None, None, None, None
 
 
@@ -123,7 +124,8 @@ def fake_quantize(
         zero_point: scalar tensor holding an integer.
         high: largest code.
         low: smallest code.
-        keep: optional mask of ``x``'s shape; True elements pass through unquantized (QDrop).
+        keep: optional mask of ``x``'s shape, boolean or 0.0 and 1.0; elements where it is 1 pass
+            through unquantized (QDrop). Fastest as floats with the strides of ``x``.
 
     Returns:
         A tensor of ``x``'s shape.
@@ -132,7 +134,8 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([0.26, 9.0]), torch.tensor(0.1), torch.tensor(0.0), 15)
         tensor([0.3000, 1.5000])
     """
-    return _FakeQuantize.apply(x, scale, zero_point, low, high, keep)  # type: ignore[no-any-return,no-untyped-call]
+    mask = None if keep is None else keep.to(x.dtype)
+    return _FakeQuantize.apply(x, scale, zero_point, low, high, mask)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,25 @@ from torch import Tensor
 ZETA, GAMMA = 1.1, -0.1
 
 
+class _RectifiedSigmoid(torch.autograd.Function):
+    """Forward and backward in a handful of operations: weights are small, dispatching is not."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor) -> Tensor:
+        sigmoid = torch.sigmoid(v)
+        ctx.save_for_backward(sigmoid)
+        return sigmoid.mul(ZETA - GAMMA).add_(GAMMA).clamp_(0.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        (sigmoid,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # the sigmoid's own slope between its cut-offs, 0 beyond
+        low, high = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
+        inside = sigmoid.clamp(low, high).eq_(sigmoid)
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(inside)
+        return slope.mul_(gradient).mul_(ZETA - GAMMA)
+
+
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """Map ``v`` to a soft bit in [0, 1]: ``clip(sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0, 1)``.
 
@@ -17,7 +36,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
         >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0])).tolist()
         [0.0, 0.5, 1.0]
     """
-    return torch.clamp(torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+    return _RectifiedSigmoid.apply(v)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
@@ -31,17 +50,37 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1.0)
 
 
-def rounding_regularizer(h: Tensor, beta: Tensor | float) -> Tensor:
+class _RoundingRegularizer(torch.autograd.Function):
+    """One power serves value and gradient."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, h: Tensor, beta: float) -> Tensor:
+        centered = 2.0 * h - 1.0
+        distance = centered.abs()
+        power = distance.pow(beta - 1.0)
+        ctx.save_for_backward(centered, power)
+        ctx.beta = beta  # type: ignore[attr-defined]
+        return h.numel() - torch.dot(power.flatten(), distance.flatten())
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, None]:
+        centered, power = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.sign(centered).mul_(power).mul_(-2.0 * ctx.beta * gradient), None  # type: ignore[attr-defined]
+
+
+def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
     """Sum of ``1 - |2h - 1|**beta``: 0 where a bit is decided, 1 where it is at one half.
 
     Args:
         h: soft bits, any shape, in [0, 1].
-        beta: exponent; large values only pull bits that are nearly decided.
+        beta: exponent above 1; large values only pull bits that are nearly decided.
 
     Returns:
         A scalar.
     """
-    return (1.0 - (2.0 * h - 1.0).abs().pow(beta)).sum()
+    return _RoundingRegularizer.apply(h, float(beta))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def beta_at(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zsq.errors import RunError
 from zsq.functional.affine import SMALLEST_SCALE, Grid, fake_quantize, quant_max
+from zsq.functional.masks import RandomMasks
 
 
 class ActivationQuantizer(nn.Module):
@@ -33,11 +34,20 @@ class ActivationQuantizer(nn.Module):
         self.bits = bits
         self.low, self.high = 0, quant_max(bits)
         self.log_scale = log_scale
-        self.drop = 0.0
+        self.masks = RandomMasks(0.0)
         self.enabled = True
         self.raw_scale = nn.Parameter(torch.zeros(()) if log_scale else torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
         self.register_buffer("calibrated", torch.tensor(False))
+
+    @property
+    def drop(self) -> float:
+        """Probability that an element passes through unquantized."""
+        return self.masks.probability
+
+    @drop.setter
+    def drop(self, probability: float) -> None:
+        self.masks = RandomMasks(probability)
 
     @property
     def scale(self) -> Tensor:
@@ -69,28 +79,9 @@ class ActivationQuantizer(nn.Module):
         """Return ``x`` on the quantizer's grid."""
         if not self.enabled:
             return x
-        keep = random_mask(x, self.drop) if self.drop > 0 else None
+        keep = self.masks.draw(x) if self.drop > 0 else None
         return fake_quantize(x, self.scale, self.zero_point, self.high, self.low, keep)
 
     def extra_repr(self) -> str:
         """Describe the quantizer in one line."""
         return f"bits={self.bits}, codes {self.low}..{self.high}"
-
-
-def random_mask(x: Tensor, probability: float) -> Tensor:
-    """Return a mask of ``x``'s shape whose elements are True with ``probability``.
-
-    Probabilities are multiples of 1/256: eight mask elements are drawn from one 64-bit random
-    number, several times faster than one float each on a CPU.
-
-    Example:
-        >>> bool(random_mask(torch.zeros(3, 5), 1.0).all())
-        True
-    """
-    count = x.numel()
-    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None)
-    threshold = round(probability * 256)
-    if threshold > 255:
-        return torch.ones_like(x, dtype=torch.bool)
-    return (words.view(torch.uint8)[:count] < threshold).reshape(x.shape)

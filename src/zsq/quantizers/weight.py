@@ -88,6 +88,7 @@ class SoftRoundWeight(nn.Module):
     """
 
     base: Tensor
+    free: Tensor
     zero_point: Tensor
 
     def __init__(
@@ -99,10 +100,15 @@ class SoftRoundWeight(nn.Module):
         self.log_scale = log_scale
         ratio = weight.detach() / per_channel(grid.scale, weight)
         base = torch.floor(ratio)
-        self.register_buffer("base", base)
+        low = -per_channel(grid.zero_point, base)
+        high = low + quant_max(bits)
+        # clip(base + h, low, high) for every h in [0, 1], without clipping in every step
+        self.register_buffer("base", base.clamp(low, high))
+        self.register_buffer("free", ((base >= low) & (base < high)).to(base.dtype))
         self.register_buffer("zero_point", grid.zero_point.clone())
         self.rounding = nn.Parameter(inverse_rectified_sigmoid(ratio - base))
         self.raw_scale = nn.Parameter(grid.scale.log() if log_scale else grid.scale.clone())
+        self.used_bits = self.soft_bits().detach()
 
     @property
     def scale(self) -> Tensor:
@@ -116,21 +122,17 @@ class SoftRoundWeight(nn.Module):
         return rectified_sigmoid(self.rounding)
 
     def forward(self) -> Tensor:
-        """Return the softly rounded weight."""
-        return self.soft_weight(self.soft_bits())
-
-    def soft_weight(self, bits: Tensor) -> Tensor:
-        """Return the weight for given soft bits (so that a regulariser can share them)."""
-        zero = per_channel(self.zero_point, self.base)
-        integers = torch.clamp(self.base + bits, -zero, quant_max(self.bits) - zero)
-        return integers * per_channel(self.scale, self.base)
+        """Return the softly rounded weight; its soft bits stay in `used_bits` for a regulariser."""
+        self.used_bits = self.soft_bits()
+        return torch.addcmul(self.base, self.free, self.used_bits) * per_channel(
+            self.scale, self.base
+        )
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Return the codes after rounding every soft bit to 0 or 1."""
-        zero = per_channel(self.zero_point, self.base)
-        hard = self.base + (self.rounding >= 0) + zero
-        return hard.clamp(0, quant_max(self.bits)).to(torch.uint8)
+        hard = self.base + self.free * (self.rounding >= 0)
+        return (hard + per_channel(self.zero_point, hard)).to(torch.uint8)
 
     @torch.no_grad()
     def undecided(self) -> float:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from zsq.config import Tuning
 from zsq.errors import RunError
+from zsq.functional.masks import RandomMasks
 from zsq.functional.rounding import beta_at, rounding_regularizer
 from zsq.functional.schedules import cosine
-from zsq.quantizers.activation import random_mask
 from zsq.quantizers.attach import calibrate
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.weight import SoftRoundWeight
@@ -180,6 +181,7 @@ class PieceTuner:
             if isinstance(w, SoftRoundWeight)
         ]
         self.order = torch.empty(0, dtype=torch.long)
+        self.masks = RandomMasks(settings.mix)
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -228,11 +230,14 @@ class PieceTuner:
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: squared, summed over channels, averaged over the rest."""
-        error: Tensor = self.piece.student(inputs) - target
-        return error.square().sum() * (error.shape[1] / error.numel())
+        total = functional.mse_loss(self.piece.student(inputs), target, reduction="sum")
+        return total * (target.shape[1] / target.numel())
 
     def regularizer(self, step: int) -> Tensor | None:
-        """Return lambda times the rounding regulariser; None during the warm-up."""
+        """Return lambda times the rounding regulariser of the last forward pass.
+
+        None during the warm-up.
+        """
         settings = self.settings
         if (
             step < settings.warmup * settings.steps
@@ -247,7 +252,7 @@ class PieceTuner:
             end=settings.beta_end,
             warmup=settings.warmup,
         )
-        terms = [rounding_regularizer(w.soft_bits(), beta) for w in self.weights]
+        terms = [rounding_regularizer(w.used_bits, beta) for w in self.weights]
         return settings.rounding_weight * torch.stack(terms).sum()
 
     def step(self, step: int) -> Tensor:
@@ -256,8 +261,8 @@ class PieceTuner:
         problem = self.problem
         inputs = problem.from_teacher[indices]
         if self.settings.mix > 0:
-            student_side = random_mask(inputs, self.settings.mix)
-            inputs = torch.where(student_side, problem.from_student[indices], inputs)
+            student_side = self.masks.draw(inputs)
+            inputs = torch.lerp(inputs, problem.from_student[indices], student_side)
         loss = self.loss(inputs, problem.target[indices])
         regularizer = self.regularizer(step)
         for optimizer in self.optimizers:
