@@ -102,16 +102,25 @@ class Tuning(_Part):
     """Probability that an activation passes through unquantized (QDrop)."""
     mix: float = Field(default=0.5, ge=0, le=1)
     """Share of a unit's input elements that come from the quantized network, not the teacher."""
+    quantize_activations: Literal["together", "after"] = "together"
+    """Quantize activations while weights are tuned, or in a pass of its own after it (BRECQ)."""
+    activation_steps: int = Field(default=0, ge=0)
+    """Steps per unit of that pass; 0 calibrates the activation steps and leaves them."""
+    loss_power: float = Field(default=2.0, gt=0)
+    """Exponent of the reconstruction error."""
     learn_weight_scale: bool = True
     learn_activation_scale: bool = True
     scale_lr: float = Field(default=5e-3, gt=0)
     """Rate of the weight steps; relative to the step where ``log_scale``."""
     activation_lr: float = Field(default=1e-3, gt=0)
     """Rate of the activation steps; relative to the step where ``log_scale``."""
+    bias_lr: float = Field(default=0.0, ge=0)
+    """Rate of the biases; 0 keeps the teacher's."""
     log_scale: bool = True
     """Learn steps by their logarithm: the same relative speed in every layer."""
-    rounding_lr: float = Field(default=1e-3, gt=0)
-    """Rate of the soft bits."""
+    rounding_lr: float | None = Field(default=None, gt=0)
+    """Rate of the soft bits; None: 20 / steps, at most 0.1, so that short runs can decide them too (the
+    published 1e-3 at 20,000 steps)."""
     rounding_weight: float = Field(default=1.0, ge=0)
     """Lambda: weight of the regulariser that decides the soft bits."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
@@ -137,6 +146,8 @@ class Recipe(_Part):
     overrides: tuple[Override, ...] = ()
     fold_batch_norm: bool = True
     """Fold batch norms before tuning; ``integer`` always does."""
+    equalize: float = Field(default=0.5, ge=0, le=1)
+    """Cross-layer equalization (arXiv 1906.04721) of folded networks: 0 off, 1 full."""
     synthesis: Synthesis = Synthesis()
     tuning: Tuning = Tuning()
     quick: dict[str, Any] = {}

@@ -22,7 +22,6 @@ from zsq.artifact.networkfile import (
 )
 from zsq.artifact.runfolder import RunFolder
 from zsq.config import Recipe, load_recipe, to_yaml
-from zsq.errors import UsageError
 from zsq.evaluation.folder import load_images, open_folder
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
@@ -34,6 +33,7 @@ from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.student import Student, attach, prepared_network
 from zsq.synthesis.genie import predict, synthesize_genie
 from zsq.synthesis.images import ImageSet
+from zsq.teacher.equalize import equalized
 from zsq.teacher.teacher import Teacher, load_teacher
 from zsq.tuning.reconstruct import reconstruct
 
@@ -141,7 +141,7 @@ def quantize(
     if out is None:
         context = Context(seed=seed, policy=policy, reporter=reporter)
         chosen = _images(teacher, resolved, images, context)
-        student = tune(teacher, attach(teacher, resolved), chosen, context=context)
+        student = _tuned(teacher, resolved, chosen, context)
         return student.to("cpu")
     folder = RunFolder.start(out, _identity(teacher, resolved, seed, policy, images), resume=resume)
     with MetricsLog(folder.file("metrics.jsonl")) as metrics:
@@ -192,13 +192,21 @@ def _run(
     path = folder.file("student.safetensors")
     if not path.exists():
         with _timed(folder, "tuning"):
-            student = tune(teacher, attach(teacher, recipe), chosen, context=context)
+            student = _tuned(teacher, recipe, chosen, context)
         save_student(student.to("cpu"), path)
     student = load_student(path)
     if not folder.file("model.onnx").exists() or "export" not in folder.record["results"]:
         with _timed(folder, "export"):
             _export(folder, "ort-cpu", folder.file("model.onnx"), False, context.reporter)
     return student
+
+
+def _tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
+    """Fold and equalize, quantize, tune."""
+    if recipe.fold_batch_norm or recipe.protocol == "integer":
+        sample = images.images[: recipe.tuning.calibration_images]
+        teacher = equalized(teacher, sample, recipe.equalize)
+    return tune(teacher, attach(teacher, recipe), images, context=context)
 
 
 def _images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:
@@ -299,15 +307,3 @@ def _export(
     save_student(integer, folder.file("integer.safetensors"))
     folder.record["results"]["export"] = report.to_dict()
     return report
-
-
-def check_reference(reference: str) -> None:
-    """Refuse an empty MODEL early.
-
-    Raises:
-        UsageError: nothing was given.
-    """
-    if not reference.strip():
-        raise UsageError(
-            "MODEL is empty; give e.g. zsq:resnet20_cifar10 or path/to/file.py:function."
-        )

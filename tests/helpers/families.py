@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks of pytorchcv's families: the real blocks, a few of each, with few channels."""
 
+from functools import cache
 from importlib import import_module
 
 import torch
 from torch import nn
+
+from zsq.teacher.graph import build_network, export_module
 
 CLASSES = 5
 #: family -> class, its arguments, by keyword, side of the images where it is not 32
@@ -54,6 +57,11 @@ FAMILIES = {
     ),
     "xception": ("Xception", ([[16], [1024]],), 40),
     "diracnetv2": ("DiracNetV2", ([[8, 8], [16]], 8)),
+    "vgg": ("VGG", ([[8, 8], [12, 12]], True, True), 28),
+    "regnet": ("RegNet", ([[16], [24, 24]], 8, [8, 8], True)),
+    "nin_cifar": ("CIFARNIN", ([[12, 8], [12, 12], [12, 8]], [5, 5, 3])),
+    "wrn_cifar": ("CIFARWRN", ([[8], [16, 16]], 8)),
+    "xdensenet_cifar": ("CIFARXDenseNet", ([[12, 16], [20, 24]], 8, True)),
 }
 
 
@@ -61,6 +69,14 @@ def build(family):
     """Return a family's network, with random weights and statistics, and its image shape."""
     name, arguments, side = (*FAMILIES[family], 32)[:3]
     return construct(family, name, *arguments), (3, side, side)
+
+
+@cache
+def read(family):
+    """Return a family's network, what zsq made of it, and images. Not to be changed: it is kept."""
+    module, shape = build(family)
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
+    return module, build_network(export_module(module, shape)), x
 
 
 def construct(module, name, *arguments):
@@ -72,6 +88,10 @@ def construct(module, name, *arguments):
         for child_name, child in part.named_children():
             if isinstance(child, nn.AvgPool2d) and child.kernel_size >= 7:  # for 224x224 images
                 setattr(part, child_name, nn.AdaptiveAvgPool2d(1))
+    if module == "vgg":  # its classifier has 4096 channels whatever the arguments
+        output = network.output
+        output.fc1.fc = nn.Linear(output.fc1.fc.in_features, 24)
+        output.fc2.fc, output.fc3 = nn.Linear(24, 24), nn.Linear(24, CLASSES)
     return randomise(network)
 
 

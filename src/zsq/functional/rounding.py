@@ -63,9 +63,7 @@ class _RoundingRegularizer(torch.autograd.Function):
         return h.numel() - torch.dot(power.flatten(), distance.flatten())
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         centered, power = ctx.saved_tensors  # type: ignore[attr-defined]
         return torch.sign(centered).mul_(power).mul_(-2.0 * ctx.beta * gradient), None  # type: ignore[attr-defined]
 

@@ -36,7 +36,7 @@ def mean_std(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     flat = centered.flatten(2) if x.ndim > 2 else centered.unsqueeze(-1)
     first = flat.sum(2).sum(0) / count
     second = (flat * flat).sum(2).sum(0) / count
-    variance = (second - first * first).clamp(min=SMALLEST_VARIANCE) * (count / (count - 1))
+    variance = (second - first * first).clamp(min=SMALLEST_VARIANCE) * (count / max(count - 1, 1))
     return first + center, torch.sqrt(variance)
 
 

@@ -24,7 +24,7 @@ class QuantizedLayer(nn.Module):
     """
 
     weight: nn.Module
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, operator: str, arguments: tuple[Any, ...], weight: nn.Module, bias: Tensor | None
@@ -33,7 +33,8 @@ class QuantizedLayer(nn.Module):
         self.operator = operator
         self.arguments = arguments
         self.weight = weight
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        kept = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", kept)
         self._call = resolve_operator(operator)
 
     @classmethod

@@ -27,9 +27,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         >>> pack_codes(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist()
         [57]
     """
-    flat = codes.detach().cpu().flatten().to(torch.uint8).numpy()
-    if flat.size and int(flat.max()) >= 2**bits:
-        raise UsageError(f"code {int(flat.max())} does not fit in {bits} bits.")
+    whole = codes.detach().cpu().flatten()
+    for extreme in (int(whole.min()), int(whole.max())) if whole.numel() else ():
+        if not 0 <= extreme < 2**bits:
+            raise UsageError(f"code {extreme} does not fit in {bits} bits.")
+    flat = whole.to(torch.uint8).numpy()
     spread = np.unpackbits(flat[:, None], axis=1, bitorder="little")[:, :bits]
     return torch.from_numpy(np.packbits(spread.reshape(-1), bitorder="little").copy())
 

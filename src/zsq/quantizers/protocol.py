@@ -38,7 +38,7 @@ COMMUTING = frozenset({
 CLAMPS = frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.default"})
 ADDITIONS = frozenset({"aten.add.Tensor"})
 _TUPLES = frozenset({"aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default",
-                     "aten.max_pool2d_with_indices.default"})  # fmt: skip
+                     "aten.max_pool2d_with_indices.default", "aten.adaptive_max_pool2d.default"})  # fmt: skip
 
 
 @dataclass(frozen=True)

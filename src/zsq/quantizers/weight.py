@@ -7,7 +7,7 @@ Every weight quantizer is a module whose ``forward()`` returns the weight to com
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,10 @@ class SoftRoundWeight(nn.Module):
         self.rounding = nn.Parameter(inverse_rectified_sigmoid(ratio - base))
         self.raw_scale = nn.Parameter(grid.scale.log() if log_scale else grid.scale.clone())
         self.used_bits = self.soft_bits().detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies take over: everything, but not the last pass's graph."""
+        return {**self.__dict__, "used_bits": self.used_bits.detach()}
 
     @property
     def scale(self) -> Tensor:

@@ -18,6 +18,7 @@ from zsq.teacher.layers import (
     SCALAR_OPERATORS,
     BatchNorm,
     Layer,
+    check_float32,
     is_inplace,
     operator_name,
     out_of_place,
@@ -135,6 +136,8 @@ class NetworkBuilder:
             self.new[node] = self._layer(node, name)
         elif name in _BATCH_NORMS and self._has_statistics(node, name):
             self.new[node] = self._batch_norm(node, name)
+        elif short in {"copy", "copy_"}:
+            self._copy(node)
         elif name == "operator.getitem" and self._of_batch_norm(node):
             self.new[node] = self.new[as_node(node.args[0])]
         else:
@@ -156,6 +159,9 @@ class NetworkBuilder:
         if is_inplace(node):  # never write into the user's parameters
             arguments = (arguments[0].clone(), *arguments[1:])
         self.constants[node] = target(*arguments, **keywords)
+        named = [self.names[n] for n in node.all_input_nodes if n in self.names]
+        if named:  # a weight made out of parameters bears the name of the first
+            self.names[node] = named[0]
         if is_inplace(node):
             self._overwrite(node)
 
@@ -182,6 +188,7 @@ class NetworkBuilder:
         key = (weight, bias, name, str(arguments))
         if key not in self.layers:
             path = self._free_path(self._path(node) or self._parameter_path(as_node(weight)))
+            check_float32(path, self._value(weight))
             layer = Layer(name, self._value(weight), self._value(bias), arguments)
             add_module(self.root, path, layer)
             self.layers[key] = path
@@ -201,6 +208,24 @@ class NetworkBuilder:
 
     def _module_node(self, node: Node, path: str, x: Node) -> Node:
         return self._noted(node, self.graph.call_module(path, (self.new[x],)), path)
+
+    def _copy(self, node: Node) -> None:
+        """Write ``target.copy_(source)`` as the source itself: ATen's copy has no gradient."""
+        target, source = as_node(node.args[0]), as_node(node.args[1])
+        wanted, given = node.meta["val"], source.meta["val"]
+        value = self._operand(source)
+        if wanted.dtype != given.dtype:
+            value = self._added(node, "aten.to.dtype", value, wanted.dtype)
+        if wanted.shape != given.shape:
+            value = self._added(node, "aten.expand_as.default", value, self._operand(target))
+        self.new[node] = value
+        if is_inplace(node):
+            self._overwrite(node)
+
+    def _added(self, node: Node, name: str, *arguments: Any) -> Node:
+        """Return a new call of an operator, noted as if it were ``node``."""
+        created = self.graph.call_function(resolve_operator(name), arguments)
+        return self._noted(node, created, self._path(node))
 
     def _plain_call(self, node: Node, name: str) -> None:
         if node.kwargs.get("out") is not None or not (

@@ -15,9 +15,11 @@ One representation then serves synthesis, quantization, reconstruction units, sa
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import nn
@@ -51,8 +53,7 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
                 f"{_brief(error)}. Pass the shape of one image, e.g. --input-shape 3,224,224."
             ) from error
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _silence():
                 return torch.export.export(
                     module,
                     (example,),
@@ -94,6 +95,19 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch.export's warnings, and the graphs it prints before an error, off the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def build_network(program: torch.export.ExportedProgram) -> GraphModule:
     """Rebuild an exported program as a network (see the module docstring).
 
@@ -108,8 +122,7 @@ def build_network(program: torch.export.ExportedProgram) -> GraphModule:
         UsageError: several inputs or outputs, or operators outside the standard set.
     """
     if _needs_functionalization(program.graph):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             program = program.run_decompositions({})
     network = NetworkBuilder(program).build()
     network.graph.eliminate_dead_code()

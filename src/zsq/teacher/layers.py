@@ -103,6 +103,19 @@ def resolve_operator(name: str) -> Callable[..., Any]:
     return overload
 
 
+def check_float32(path: str, weight: Tensor) -> None:
+    """Refuse a layer that computes in anything but float32.
+
+    Raises:
+        UsageError: says which layer.
+    """
+    if weight.dtype != torch.float32:
+        raise UsageError(
+            f"the layer {path!r} computes in {str(weight.dtype).removeprefix('torch.')}; zsq needs "
+            "float32. Take autocast and half precision out of the model's forward."
+        )
+
+
 class Layer(nn.Module):
     """A convolution or linear layer: one ATen operator with its weight, bias and settings.
 

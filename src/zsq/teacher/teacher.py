@@ -122,7 +122,7 @@ def _placeholder_shape(module: object) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _check_runs(network: GraphModule, info: ModelInfo) -> None:
-    """Check that the network takes any batch size and returns (N, classes)."""
+    """Check that the network takes any batch size and returns finite (N, classes)."""
     try:
         output = network(torch.zeros(3, *info.input_shape))
     except Exception as error:
@@ -135,4 +135,9 @@ def _check_runs(network: GraphModule, info: ModelInfo) -> None:
         raise UsageError(
             f"the network returns shape {tuple(output.shape)} for 3 images; zsq needs logits of "
             "shape (3, classes). Wrap the model so that it returns class logits."
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise UsageError(
+            "the network returns NaN or Inf for an image of zeros, though its weights are finite; "
+            "look for a negative running variance or a division by zero."
         )

@@ -9,6 +9,7 @@ attention. No list of class names is involved (BRECQ, arXiv 2102.05426, calls th
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -36,7 +37,7 @@ class Unit:
 
 
 def cut_positions(nodes: list[Node]) -> list[int]:
-    """Return the positions after which only that position's value is still needed.
+    """Return the positions after which only that position's value, a tensor, is still needed.
 
     Args:
         nodes: the network's nodes in execution order.
@@ -44,12 +45,18 @@ def cut_positions(nodes: list[Node]) -> list[int]:
     position = {node: i for i, node in enumerate(nodes)}
     cuts, far = [], -1
     for i, node in enumerate(nodes):
-        if far <= i and not node.meta.get("scalar") and node.op != "get_attr":
+        constant = node.meta.get("scalar") or node.op == "get_attr"
+        if far <= i and not constant and not _is_tuple(node):
             cuts.append(i)
-        if node.op == "get_attr" or node.meta.get("scalar"):
+        if constant:
             continue  # constants and sizes are recomputed wherever they are needed
         far = max([far, *(position[user] for user in node.users if user in position)])
     return cuts
+
+
+def _is_tuple(node: Node) -> bool:
+    """Whether a node's value is several tensors, as those of split and chunk are."""
+    return any(user.target is operator.getitem for user in node.users)
 
 
 def find_units(network: GraphModule) -> list[Unit]:

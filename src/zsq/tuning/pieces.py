@@ -137,7 +137,9 @@ def layer_pieces(network: GraphModule, student: Student) -> list[Piece]:
         part = cut_piece(
             student.network, [*(n.name for n in nodes), *(n.name for n in own)], output
         )
+        inside = {source.name, *(n.name for n in nodes)}  # else its tensor lies behind a pooling
         quantizers = [str(n.target).removeprefix("quantizers.") for n in own]
+        quantizers = [name for name in quantizers if name in inside]
         mine = tuple(q for q in dict.fromkeys(quantizers) if q not in done)
         done |= {str(layer.target), *mine}
         pieces.append(

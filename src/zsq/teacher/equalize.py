@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-layer equalization: the same function with channels of similar range.
+
+One step serves all channels of a tensor, so a channel of small range is left with few levels. Where
+everything between the layers that write a tensor and the layers that read it is positively
+homogeneous (ReLU, additions, pooling), a factor per channel can move from the one to the other
+without changing what the network computes (Nagel et al., arXiv 1906.04721, section 4.1; here for
+whole residual streams, with ranges of the activations).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from zsq.teacher.fold import calls, fold_batch_norms, module_of
+from zsq.teacher.layers import Layer, operator_name
+from zsq.teacher.teacher import Teacher
+
+#: Operators with ``f(s * x) = s * f(x)`` for every ``s > 0`` per channel.
+HOMOGENEOUS = frozenset({
+    "aten.relu.default", "aten.leaky_relu.default", "aten.add.Tensor", "aten.dropout.default",
+    "aten.max_pool2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
+    "aten.adaptive_max_pool2d.default", "aten.mean.dim", "aten.flatten.using_ints",
+    "aten.reshape.default", "aten.view.default",
+})  # fmt: skip
+#: Factors are kept in [1 / LIMIT, LIMIT].
+LIMIT = 16.0
+
+
+@dataclass
+class Stream:
+    """Tensors that share their channels' factors.
+
+    Attributes:
+        writers: nodes of the layers whose output channels carry them.
+        readers: nodes of the layers whose input channels undo them.
+        tensors: the nodes whose ranges count.
+        fixed: something else reads or writes the channels, so they stay as they are.
+    """
+
+    writers: list[Node] = field(default_factory=list)
+    readers: list[Node] = field(default_factory=list)
+    tensors: list[Node] = field(default_factory=list)
+    fixed: bool = False
+
+
+def find_streams(network: GraphModule) -> list[Stream]:
+    """Group a network's tensors into streams; return those that may be rescaled."""
+    leader: dict[Node, Node] = {node: node for node in network.graph.nodes}
+
+    def find(node: Node) -> Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    tensors = [n for n in network.graph.nodes if not n.meta.get("scalar") and n.op != "get_attr"]
+    for node in tensors:
+        if operator_name(node.target) in HOMOGENEOUS:
+            for source in _operands(node):
+                leader[find(source)] = find(node)
+    streams = {find(node): Stream() for node in tensors}
+    for node in tensors:
+        sources = [streams[find(source)] for source in _operands(node)]
+        _take_part(network, node, streams[find(node)], sources)
+    return [s for s in streams.values() if not s.fixed and _consistent(network, s)]
+
+
+def _take_part(network: GraphModule, node: Node, own: Stream, sources: list[Stream]) -> None:
+    """Note what a node does to its own stream and to those it reads."""
+    if isinstance(module_of(network, node), Layer):
+        own.writers.append(node)
+        sources[0].readers.append(node)
+        if len(calls(network)[str(node.target)]) > 1:
+            own.fixed = sources[0].fixed = True
+    elif operator_name(node.target) in HOMOGENEOUS:
+        own.tensors.append(node)
+        own.fixed |= _adds_a_constant(node)
+    else:
+        for stream in (own, *sources):
+            stream.fixed = True
+
+
+def _operands(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if not n.meta.get("scalar") and n.op != "get_attr"]
+
+
+def _adds_a_constant(node: Node) -> bool:
+    name = operator_name(node.target)
+    return name == "aten.add.Tensor" and len(_operands(node)) != 2
+
+
+def _consistent(network: GraphModule, stream: Stream) -> bool:
+    """Whether every writer has, and every reader expects, the same number of channels."""
+    if not stream.writers or not stream.readers or not stream.tensors:
+        return False
+    written = {len(_layer(network, n).weight) for n in stream.writers}
+    read = {_input_channels(_layer(network, n)) for n in stream.readers}
+    return len(written | read) == 1
+
+
+def _layer(network: GraphModule, node: Node) -> Layer:
+    layer = module_of(network, node)
+    assert isinstance(layer, Layer)
+    return layer
+
+
+def _groups(layer: Layer) -> int:
+    return int(layer.arguments[-1]) if layer.weight.ndim > 2 and len(layer.arguments) == 4 else 1
+
+
+def _input_channels(layer: Layer) -> int:
+    return layer.weight.shape[1] * _groups(layer)
+
+
+class _Ranges(Interpreter):
+    """Runs a network and keeps each channel's mean square of the tensors named."""
+
+    def __init__(self, network: GraphModule, wanted: set[Node]) -> None:
+        super().__init__(network)
+        self.wanted = wanted
+        self.squares: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> object:
+        result = super().run_node(n)
+        if n in self.wanted:
+            dims = [d for d in range(result.ndim) if d != 1]
+            self.squares[n] = self.squares.get(n, 0) + result.square().mean(dims)
+        return result
+
+
+def equalized(teacher: Teacher, images: Tensor, strength: float) -> Teacher:
+    """Return a teacher that computes the same, batch norms folded and streams equalized.
+
+    Args:
+        teacher: stays as it is.
+        images: (N, C, H, W), normalised; some 128 are plenty.
+        strength: see `equalize`; 0 only folds.
+
+    Example:
+        >>> from zsq.teacher.teacher import load_teacher
+        >>> teacher, x = load_teacher("zsq:resnet20_cifar10"), torch.randn(4, 3, 32, 32)
+        >>> torch.allclose(equalized(teacher, x, 0.5)(x), teacher(x), atol=1e-4)
+        True
+    """
+    network = fold_batch_norms(teacher.network)
+    if strength > 0:
+        device = next(iter(network.parameters())).device
+        equalize(network, images.to(device), strength)
+    return Teacher(network, teacher.info)
+
+
+@torch.no_grad()
+def equalize(network: GraphModule, images: Tensor, strength: float) -> None:
+    """Rescale a network's streams in place so that their channels have similar ranges.
+
+    Outputs stay the same up to float rounding.
+
+    Args:
+        network: batch norms folded; streams that touch an unfolded one stay as they are.
+        images: (N, C, H, W), normalised, on the network's device.
+        strength: 1 makes ranges equal; 0.5 leaves half of the difference (in logarithms) to the
+            weights that read the stream, as their own rounding suffers from it.
+    """
+    streams = find_streams(network)
+    ranges = _Ranges(network, {n for stream in streams for n in stream.tensors})
+    for part in torch.split(images, 64):
+        ranges.run(part)
+    for stream in streams:
+        square = torch.stack([ranges.squares[n] for n in stream.tensors]).amax(0)
+        factor = _factor(square.sqrt(), strength)
+        for node in stream.writers:
+            _scale_outputs(_layer(network, node), factor)
+        for node in stream.readers:
+            _scale_inputs(_layer(network, node), 1 / factor)
+
+
+def _factor(size: Tensor, strength: float) -> Tensor:
+    largest = size.max().clamp(min=1e-12)
+    factor = (largest / size.clamp(min=1e-12)) ** strength
+    return factor.clamp(1 / LIMIT, LIMIT)
+
+
+def _scale_outputs(layer: Layer, factor: Tensor) -> None:
+    layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+    if layer.bias is not None:
+        layer.bias.mul_(factor)
+
+
+def _scale_inputs(layer: Layer, factor: Tensor) -> None:
+    groups = _groups(layer)
+    outputs, inputs, *kernel = layer.weight.shape
+    shaped = layer.weight.view(groups, outputs // groups, inputs, *kernel)
+    shaped.mul_(factor.reshape(groups, 1, inputs, *[1] * len(kernel)))

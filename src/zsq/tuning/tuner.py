@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimisation of one piece of a network: soft bits, steps, and what is left unquantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zsq.config import Tuning
+from zsq.functional.masks import RandomMasks
+from zsq.functional.rounding import beta_at, rounding_regularizer
+from zsq.functional.schedules import cosine
+from zsq.quantizers.attach import calibrate
+from zsq.quantizers.weight import SoftRoundWeight
+from zsq.runtime.context import Context
+from zsq.tuning.pieces import Piece, layer_modules, quantizer_modules
+
+#: Images per pass when boundaries are computed.
+PASS = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data of one reconstruction: the piece's input from both networks and the teacher's output."""
+
+    from_teacher: Tensor
+    from_student: Tensor
+    target: Tensor
+
+
+class PieceTuner:
+    """The optimisation of one piece, step by step.
+
+    Args:
+        piece: its student part is tuned in place.
+        problem: inputs and target, (N, ...) each.
+        settings: of the recipe.
+        context: says where to compute.
+        activations: quantize the piece's activations too; False leaves its quantizers alone.
+    """
+
+    def __init__(
+        self, piece: Piece, problem: Problem, settings: Tuning, context: Context, *,
+        activations: bool = True,
+    ) -> None:  # fmt: skip
+        self.piece, self.settings, self.context = piece, settings, context
+        self.problem = _channels_last(problem, context.policy.device)
+        self.layers = layer_modules(piece)
+        self.quantizers = quantizer_modules(piece) if activations else {}
+        self.weights = [
+            w
+            for w in (layer.weight for layer in self.layers.values())
+            if isinstance(w, SoftRoundWeight)
+        ]
+        self.order = torch.empty(0, dtype=torch.long)
+        self.masks = RandomMasks(settings.mix)
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        settings = self.settings
+        groups = []
+        if settings.learn_weight_scale and self.weights:
+            groups.append({"params": [w.raw_scale for w in self.weights], "lr": settings.scale_lr})
+        if settings.learn_activation_scale and self.quantizers:
+            steps = [q.raw_scale for q in self.quantizers.values()]
+            groups.append({"params": steps, "lr": settings.activation_lr})
+        biases = [b for layer in self.layers.values() if (b := layer.bias) is not None]
+        if settings.bias_lr > 0 and biases:
+            groups.append({"params": biases, "lr": settings.bias_lr})
+        self.base_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        self.step_optimizer = torch.optim.Adam(groups, fused=True) if groups else None
+        rounding = [w.rounding for w in self.weights]
+        optimizers: list[torch.optim.Optimizer] = (
+            [self.step_optimizer] if self.step_optimizer else []
+        )
+        if rounding:
+            rate = settings.rounding_lr or min(20 / settings.steps, 0.1)
+            optimizers.append(torch.optim.Adam(rounding, lr=rate, fused=True))
+        trained = [p for group in groups for p in group["params"]] + rounding  # type: ignore[attr-defined]
+        for parameter in self.piece.student.parameters():
+            parameter.requires_grad_(any(parameter is p for p in trained))
+        return optimizers
+
+    def calibrate(self) -> None:
+        """Give the piece's activation quantizers a first step, then switch them on."""
+        for quantizer in self.quantizers.values():
+            quantizer.enabled = False
+        inputs = self.problem.from_student[: self.settings.calibration_images]
+        calibrate(
+            self.piece.student, self.quantizers, list(torch.split(inputs, PASS)),
+            power=self.settings.power, asymmetric=self.settings.asymmetric,
+        )  # fmt: skip
+        for quantizer in self.quantizers.values():
+            quantizer.enabled = True
+            quantizer.drop = self.settings.drop
+
+    def next_indices(self) -> Tensor:
+        """Return the next batch of image indices: a fresh permutation each epoch, nothing dropped."""
+        count = len(self.problem.target)
+        batch = min(self.settings.batch, count)
+        if len(self.order) < batch:
+            fresh = torch.randperm(count, device=self.problem.target.device)
+            self.order = torch.cat([self.order.to(fresh.device), fresh])
+        indices, self.order = self.order[:batch], self.order[batch:]
+        return indices
+
+    def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
+        outputs = self.piece.student(inputs)
+        if self.settings.loss_power == 2:
+            total = functional.mse_loss(outputs, target, reduction="sum")
+        else:
+            total = (outputs - target).abs().pow(self.settings.loss_power).sum()
+        return total * (target.shape[1] / target.numel())
+
+    def regularizer(self, step: int) -> Tensor | None:
+        """Return lambda times the rounding regulariser of the last forward pass.
+
+        None during the warm-up.
+        """
+        settings = self.settings
+        if (
+            step < settings.warmup * settings.steps
+            or not self.weights
+            or settings.rounding_weight == 0
+        ):
+            return None
+        beta = beta_at(
+            step,
+            settings.steps,
+            start=settings.beta_start,
+            end=settings.beta_end,
+            warmup=settings.warmup,
+        )
+        terms = [rounding_regularizer(w.used_bits, beta) for w in self.weights]
+        return settings.rounding_weight * torch.stack(terms).sum()
+
+    def step(self, step: int) -> Tensor:
+        """Make one step; return the reconstruction error of its batch, detached."""
+        indices = self.next_indices()
+        problem = self.problem
+        inputs = problem.from_teacher[indices]
+        if self.settings.mix > 0:
+            student_side = self.masks.draw(inputs)
+            inputs = torch.lerp(inputs, problem.from_student[indices], student_side)
+        loss = self.loss(inputs, problem.target[indices])
+        regularizer = self.regularizer(step)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.optimizers:
+            (loss if regularizer is None else loss + regularizer).backward()  # type: ignore[no-untyped-call]
+        if self.step_optimizer is not None:
+            factor = cosine(step, self.settings.steps)
+            for group, rate in zip(self.step_optimizer.param_groups, self.base_rates, strict=True):
+                group["lr"] = rate * factor
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def finish(self) -> float:
+        """Round hard and stop dropping; return the share of bits that were still undecided."""
+        total = sum(w.rounding.numel() for w in self.weights)
+        open_bits = sum(w.undecided() * w.rounding.numel() for w in self.weights)
+        for layer in self.layers.values():
+            layer.freeze()
+        for quantizer in self.quantizers.values():
+            quantizer.drop = 0.0
+        self.piece.student.requires_grad_(False)
+        return open_bits / total if total else 0.0
+
+
+def _channels_last(problem: Problem, device: torch.device) -> Problem:
+    def convert(x: Tensor) -> Tensor:
+        x = x.to(device)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    return Problem(
+        convert(problem.from_teacher), convert(problem.from_student), convert(problem.target)
+    )
