@@ -194,6 +194,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(teacher, tm
     assert torch.equal(resumed(x), expected(x))
 
 
+def test_learned_biases_are_resumed_too(teacher, tmp_path):
+    setting = "tuning.bias_lr=0.01"
+    expected = tuned(teacher, setting)
+    assert not torch.equal(expected.layers()["a1"].bias, tuned(teacher).layers()["a1"].bias)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(teacher, setting, context=Context(checkpoints=Killed(tmp_path, "piece_001")))
+    resumed = tuned(teacher, setting, context=Context(checkpoints=Checkpoints(tmp_path)))
+    assert same_weights(resumed, expected)
+
+
 def test_finished_pieces_are_not_tuned_again(teacher, tmp_path):
     context = Context(checkpoints=Checkpoints(tmp_path))
     tuned(teacher, context=context)

@@ -169,9 +169,9 @@ def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
     if not isinstance(layer, QuantizedLayer) or not isinstance(source, Node):
         return
     weight, path = layer.frozen, str(node.target)
-    single = (
-        set(facts.shapes[source.name][2:]) == set(weight.integers.shape[2:]) == {1}
-    )  # not linear
+    if weight.integers.ndim == 2:  # linear already
+        return
+    single = set(facts.shapes[source.name][2:]) == set(weight.integers.shape[2:]) == {1}
     same_inputs = facts.shapes[source.name][1] == weight.integers.shape[1]  # one group
     padded = set(facts.shapes[node.name][2:]) != {1}
     if not single or not same_inputs or padded or len(calls(network)[path]) > 1:

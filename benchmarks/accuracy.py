@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy lost by quantizing without data, on trained networks that are not part of the package.
+
+One synthesis per seed serves every bit width. Prints one line a run and appends it to a JSON-lines
+file, so that an interrupted benchmark keeps what it has.
+
+    python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 w2a4 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import zsq
+from zsq.artifact.runfolder import RunFolder
+from zsq.judge import evaluate
+from zsq.runtime.progress import make_reporter
+from zsq.synthesis.images import ImageSet
+
+SHARED = Path(os.environ.get("ZSQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+NETWORKS = {
+    "resnet20_cifar10": (CIFAR, (3, 32, 32), "cifar10"),
+    "resnet18_tiny": (IMAGENET, (3, 64, 64), "tiny_imagenet"),
+    "mobilenetv2_tiny": (IMAGENET, (3, 64, 64), "tiny_imagenet"),
+}
+
+
+def main() -> None:
+    """Run the benchmark that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--bits", nargs="+", default=["w4a4"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--recipe", default="genie")
+    parser.add_argument("--schedule", default="quick")
+    parser.add_argument("--set", nargs="*", default=[], dest="settings")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        images = None
+        for bits in options.bits:
+            row, images = run(options, bits, seed, images)
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def run(
+    options: argparse.Namespace, bits: str, seed: int, images: ImageSet | None
+) -> tuple[dict[str, object], ImageSet]:
+    """Quantize, export and evaluate once; return the figures and the images used."""
+    normalisation, shape, data = NETWORKS[options.network]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        zsq.quantize(
+            f"{SHARED / 'teachers' / 'models.py'}:{options.network}", options.recipe, bits=bits,
+            schedule=options.schedule, settings=options.settings, input_shape=shape, seed=seed,
+            images=images, out=Path(folder) / "run", device=options.device,
+            reporter=make_reporter("quiet"), **normalisation,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        record = RunFolder.open(Path(folder) / "run").record
+        scores = evaluate(Path(folder) / "run", SHARED / "data" / data / "test")
+        made = ImageSet.load(Path(folder) / "run" / "images.safetensors")
+    export = record["results"]["export"]
+    teacher, student = scores["teacher"]["top1"], scores["student"]["top1"]
+    onnx = scores["onnx"]["top1"]
+    return {
+        "network": options.network, "bits": bits, "recipe": options.recipe,
+        "schedule": options.schedule, "settings": options.settings, "seed": seed,
+        "teacher": teacher, "student": student, "drop": round(teacher - student, 2),
+        "onnx": onnx, "onnx_further": round(student - onnx, 2),
+        "export": {k: export[k] for k in ("agreement", "fused", "convs", "ratio", "speedup")},
+        "seconds": record["timings"], "total_seconds": round(seconds, 1),
+    }, made  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written to ONNX, judged by ONNX Runtime."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers.networks import Inverted, Net, Residual, conv
+from helpers.students import SHAPE, image_set, teacher_of, tuned
+from torch import nn
+
+from zsq.errors import RunError, UsageError
+from zsq.export.export import export_student
+from zsq.export.simulate import IntegerSimulation
+from zsq.student import attach
+from zsq.teacher.fold import fold_batch_norms
+
+
+def exported(make, path, **changes):
+    teacher = teacher_of(make)
+    student = tuned(teacher, **changes)
+    images = image_set(16, seed=9).images
+    return export_student(student, fold_batch_norms(teacher.network), images, path)
+
+
+def logits(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+
+
+@pytest.mark.parametrize("make", [Residual, Inverted])
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w2a4"])
+@pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])
+def test_the_file_computes_what_the_simulation_does_in_integers(tmp_path, make, bits, protocol):
+    report, integer = exported(make, tmp_path / "n.onnx", bits=bits, protocol=protocol)
+    images = image_set(40, seed=11).images
+    ours = IntegerSimulation(integer)(images).detach().numpy()
+    theirs = logits(tmp_path / "n.onnx", images)
+    assert ours.std() > 0.01, "a constant would agree with anything"
+    assert np.abs(ours - theirs).max() <= (ours.max() - ours.min()) / 255
+    assert (ours.argmax(1) == theirs.argmax(1)).all()
+    assert report.fused == report.convs > 0
+    assert report.fused_matmuls == report.matmuls == 1
+    assert report.agreement == 100
+
+
+def test_the_file_is_opset_21_and_small_weights_are_int4(tmp_path):
+    exported(Residual, tmp_path / "n.onnx", bits="w4a4")
+    model = onnx.load(tmp_path / "n.onnx")
+    onnx.checker.check_model(model)
+    assert {o.domain: o.version for o in model.opset_import}[""] == 21
+    kinds = [i.data_type for i in model.graph.initializer if len(i.dims) == 4]
+    assert kinds.count(onnx.TensorProto.INT4) == 5, "all but the first convolution"
+    assert kinds.count(onnx.TensorProto.INT8) == 1
+    assert len(model.graph.input) == len(model.graph.output) == 1
+
+
+def test_any_batch_size_runs(tmp_path):
+    exported(Residual, tmp_path / "n.onnx")
+    images = image_set(5).images
+    one = np.concatenate([logits(tmp_path / "n.onnx", x[None]) for x in images])
+    assert np.array_equal(one, logits(tmp_path / "n.onnx", images))
+
+
+def test_the_report_is_plain_data(tmp_path):
+    report, _ = exported(Residual, tmp_path / "n.onnx")
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["bytes"] == (tmp_path / "n.onnx").stat().st_size
+    for key in ("agreement", "fused", "convs", "speedup", "latency_ms", "float_bytes"):
+        assert plain[key] > 0
+
+
+def test_an_activation_that_is_no_clamp_is_exported_too(tmp_path):
+    def make():
+        return Net(lambda m, x: m.b(nn.functional.silu(m.a(x))).relu(), a=conv(3, 4), b=conv(4, 4))
+
+    report, integer = exported(make, tmp_path / "n.onnx", bits="w4a8")
+    images = image_set(20, seed=3).images
+    ours = IntegerSimulation(integer)(images).detach().numpy()
+    theirs = logits(tmp_path / "n.onnx", images)
+    assert np.abs(ours - theirs).max() <= (ours.max() - ours.min()) / 100
+    assert report.fused == report.convs == 2
+
+
+def test_fewer_fused_convolutions_than_expected_are_an_error(tmp_path, monkeypatch):
+    from zsq.export import parity
+
+    real = parity.read_fusion
+
+    def one_missing(*files):
+        found = real(*files)
+        return type(found)(**{
+            **vars(found), "fused_convs": found.fused_convs - 1, "unfused": ("a1: stays in float",),
+        })  # fmt: skip
+
+    monkeypatch.setattr(parity, "read_fusion", one_missing)
+    path = tmp_path / "n.onnx"
+    path.write_bytes(b"the file of before")
+    with pytest.raises(RunError, match=r"1 of 6 convolutions would run in float: a1"):
+        exported(Residual, path)
+    assert path.read_bytes() == b"the file of before"
+
+
+def test_bad_requests(tmp_path):
+    teacher = teacher_of()
+    student = tuned(teacher)
+    float_network = fold_batch_norms(teacher.network)
+    images = image_set(4).images
+    with pytest.raises(UsageError, match="export target 'tpu' is unknown"):
+        export_student(student, float_network, images, tmp_path / "n.onnx", target="tpu")
+    fresh = attach(teacher, student.recipe)
+    with pytest.raises(UsageError):
+        export_student(fresh, float_network, images, tmp_path / "n.onnx")
+    with pytest.raises(UsageError):
+        export_student(student, float_network, torch.zeros(4, 3, 9, 9), tmp_path / "n.onnx")
+    assert not (tmp_path / "n.onnx").exists()
+    assert SHAPE == (3, 8, 8)

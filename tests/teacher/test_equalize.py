@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equalized networks compute the same with channels of similar range."""
+
+import pytest
+import torch
+from helpers.networks import Concat, Inverted, Residual, smooth_images
+from helpers.students import Values, teacher_of
+
+from zsq.teacher.equalize import equalized, find_streams
+from zsq.teacher.fold import fold_batch_norms
+
+
+@pytest.mark.parametrize("make", [Residual, Inverted, Concat])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_outputs_stay_the_same(make, strength):
+    teacher = teacher_of(make)
+    x = smooth_images(8)
+    with torch.no_grad():
+        before, after = teacher(x), equalized(teacher, x, strength)(x)
+    assert before.std() > 0.01
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+
+
+def sizes(network, x, name):
+    return Values(network, x).seen[name].square().mean((0, 2, 3)).sqrt()
+
+
+def test_full_strength_makes_the_channels_inside_a_block_equal():
+    teacher, x = teacher_of(Residual), smooth_images(64)
+    teacher.network.get_submodule("a1_bn").weight.data *= torch.tensor([0.2, 1, 3, 1, 0.5, 2])
+    after = equalized(teacher, x, 1.0).network
+    inner = next(n for n in after.graph.nodes if "relu" in n.name and n.name != "relu_default")
+    before = sizes(fold_batch_norms(teacher.network), x, inner.name)
+    alive = before > 1e-3
+    spread = sizes(after, x, inner.name)[alive]
+    assert before[alive].max() / before[alive].min() > 2
+    assert spread.max() / spread.min() < 1.01
+
+
+def test_a_residual_stream_is_one_and_relu6_and_concatenations_are_left_alone():
+    streams = find_streams(fold_batch_norms(teacher_of(Residual).network))
+    shapes = sorted((len(s.writers), len(s.readers)) for s in streams)
+    # the stem's output; inside either block; the stream of a2, proj and b2, read by b1 and fc
+    assert shapes == [(1, 1), (1, 1), (1, 2), (3, 2)]
+    for make in (Inverted, Concat):
+        network = fold_batch_norms(teacher_of(make).network)
+        clipped = {n.name for n in network.graph.nodes if "relu6" in n.name or "hardtanh" in n.name}
+        clipped |= {n.name for n in network.graph.nodes if "cat" in n.name}
+        touched = {n.name for s in find_streams(network) for n in s.tensors}
+        assert clipped
+        assert not clipped & touched
+
+
+def test_the_teacher_is_not_changed():
+    teacher, x = teacher_of(Residual), smooth_images(8)
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    equalized(teacher, x, 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
