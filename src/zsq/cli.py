@@ -13,6 +13,9 @@ from rich.console import Console
 
 from zsq.errors import UsageError, ZsqError
 
+#: What typer exits with after Ctrl-C.
+_INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Quantize a trained neural network without its data.",
@@ -287,6 +290,9 @@ def main() -> None:
     except ZsqError as error:
         sys.stderr.write(f"zsq: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("zsq: interrupted; the same command with --resume goes on from here.\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            sys.stderr.write(
+                "zsq: interrupted; `quantize` goes on with the same command and --resume.\n"
+            )
+        raise

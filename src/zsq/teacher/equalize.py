@@ -146,10 +146,11 @@ def equalized(teacher: Teacher, images: Tensor, strength: float) -> Teacher:
         >>> torch.allclose(equalized(teacher, x, 0.5)(x), teacher(x), atol=1e-4)
         True
     """
-    network = fold_batch_norms(teacher.network)
+    # one memory format: another one gives ranges, and so weights, that differ in the last bit
+    network = fold_batch_norms(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if strength > 0:
         device = next(iter(network.parameters())).device
-        equalize(network, images.to(device), strength)
+        equalize(network, images.to(device).contiguous(), strength)
     return Teacher(network, teacher.info)
 
 
