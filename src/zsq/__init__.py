@@ -10,6 +10,7 @@
 from importlib.metadata import version
 
 from zsq.config import Recipe, load_recipe
+from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save, synthesize, tune
 from zsq.student import Student, attach
 from zsq.teacher.inspect import inspect_teacher as inspect
@@ -21,6 +22,7 @@ __all__ = [
     "Student",
     "Teacher",
     "attach",
+    "evaluate",
     "export",
     "inspect",
     "load",
