@@ -121,7 +121,7 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
 
 @torch.no_grad()
 def calibrate_student(student: Student, images: Tensor, *, batch: int = 128) -> None:
-    """Give every activation quantizer a step, layer after layer, from ``images``.
+    """Give every activation quantizer that has none a step from ``images``, in one pass.
 
     Args:
         student: its uncalibrated quantizers are calibrated and switched on.
