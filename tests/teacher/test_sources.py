@@ -380,7 +380,7 @@ def test_truncated_checkpoints(tmp_path, script, suffix, keep):
         torch.save(tiny().state_dict(), path, _use_new_zipfile_serialization="legacy" not in suffix)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole))])
-    with pytest.raises(UsageError, match="cannot be read as a checkpoint|holds pickled"):
+    with pytest.raises(UsageError, match=r"cannot be read as a checkpoint|holds pickled"):
         load_source(script, weights=str(path))
 
 
@@ -388,7 +388,7 @@ def test_truncated_checkpoints(tmp_path, script, suffix, keep):
 def test_files_that_are_no_checkpoints(tmp_path, script, content):
     path = tmp_path / "w.pth"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read as a checkpoint|holds pickled"):
+    with pytest.raises(UsageError, match="cannot be read as a checkpoint"):
         load_source(script, weights=str(path))
 
 
