@@ -56,6 +56,7 @@ def test_the_file_is_opset_21_and_small_weights_are_int4(tmp_path):
     assert kinds.count(onnx.TensorProto.INT4) == 5, "all but the first convolution"
     assert kinds.count(onnx.TensorProto.INT8) == 1
     assert len(model.graph.input) == len(model.graph.output) == 1
+    assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
 
 
 def test_any_batch_size_runs(tmp_path):

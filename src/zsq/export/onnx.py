@@ -195,9 +195,19 @@ def _properties(student: Student) -> dict[str, str]:
     return {"zsq.version": version("zsq"), **properties}
 
 
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove what exporters note for debugging: half of a small file. Runtimes infer the shapes."""
+    graph = proto.graph
+    del graph.value_info[:], graph.metadata_props[:]
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
 def _save(model: ir.Model, path: Path | str) -> None:
     model.producer_name, model.producer_version = "zsq", version("zsq")
     proto = ir.to_proto(model)
+    _strip(proto)
     onnx.checker.check_model(proto, full_check=False)
     with atomic_write(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
