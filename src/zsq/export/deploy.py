@@ -8,13 +8,15 @@ float gets 8 bits, calibrated on images; everything it decided stays.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.errors import UsageError
 from zsq.export.folding import batch_norms_to_layers, fold_batch_norms, fold_clamps
-from zsq.export.rewrites import Facts, input_quantizer, rewrite
+from zsq.export.rewrites import Facts, input_quantizer, is_global_pool, rewrite
 from zsq.functional.affine import Grid, per_channel, quant_max
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers
@@ -26,6 +28,8 @@ from zsq.teacher.fold import calls, module_of
 
 #: Largest bias, in steps of the accumulator: half of what 32 bits hold, so that sums fit as well.
 LARGEST_BIAS = 2**30
+#: Steps of its output by which one step of one pixel may move a global average.
+LARGEST_POOL_STEP = 128
 #: Images that the structure of the network is read with; an odd batch tells it from other sizes.
 _PROBE = 3
 _BATCH = 128
@@ -64,6 +68,7 @@ def to_integer(student: Student, images: Tensor) -> Student:
     )
     fold_clamps(network)
     extra |= _separate_shared_layers(network)
+    _coarsen_pools(network, Facts(network, _probe(images)))
     weights = {**integer.placement.weights, **extra}
     integer.placement = Placement(
         "integer", weights, integer.placement.activations, integer.placement.shared
@@ -171,6 +176,23 @@ def _separate_shared_layers(network: GraphModule) -> dict[str, int]:
                 copies[str(node.target)] = layer.bits
     network.recompile()
     return copies
+
+
+def _coarsen_pools(network: GraphModule, facts: Facts) -> None:
+    """Raise steps behind global pools that are far finer than the average can tell apart.
+
+    ONNX Runtime refuses to run a pool whose results would be multiples of more than 256 steps.
+    Averages of all but constant maps end here, of what an instance norm returns for one.
+    """
+    for node in network.graph.nodes:
+        grid = input_quantizer(network, node) if is_global_pool(node) else None
+        for reader in node.users if grid is not None else ():
+            output = module_of(network, reader)
+            if isinstance(output, ActivationQuantizer) and grid is not None:
+                pixels = math.prod(facts.shapes[node.all_input_nodes[0].name][2:])
+                smallest = grid.scale / (LARGEST_POOL_STEP * pixels)
+                if bool(output.scale < smallest):
+                    output.set_grid(Grid(smallest, output.zero_point.clone(), torch.zeros(())))
 
 
 def _snap_biases(network: GraphModule) -> None:

@@ -47,12 +47,14 @@ def export_student(
 
     Raises:
         UsageError: unknown target, wrong images, or a student that is not calibrated.
-        RunError: the network cannot be expressed in ONNX, or convolutions would run in float.
+        RunError: the network cannot be expressed in ONNX, ONNX Runtime refuses the file, or convolutions
+            would run in float.
     """
     if target not in _WRITERS:
         raise UsageError(
             f"export target {target!r} is unknown; choose one of {', '.join(TARGETS)}."
         )
+    images = images.detach().cpu().float()
     integer = to_integer(student, images)
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as temporary:
         reference = Path(folder) / "float.onnx"

@@ -141,7 +141,9 @@ def fold_clamps(network: GraphModule) -> None:
         if not isinstance(quantizer, ActivationQuantizer) or not isinstance(source, Node):
             continue
         low, high = clamp_range(node)
-        quantizer.low = max(quantizer.low, _code(quantizer, low, quantizer.low))
+        quantizer.low = max(
+            quantizer.low, min(_code(quantizer, low, quantizer.low), quantizer.high)
+        )
         quantizer.high = min(
             quantizer.high, max(_code(quantizer, high, quantizer.high), quantizer.low)
         )

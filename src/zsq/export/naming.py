@@ -7,9 +7,13 @@ compare a quantized file with another look tensors up by these names.
 
 from __future__ import annotations
 
+import re
+
 import onnx_ir as ir
 
 _QUANTIZERS = "quantizers."
+#: A user's layer may be called "quantizers" too: its parameters have longer names.
+_GRID = re.compile(r"quantizers\.([^.]+)\.(scale|zero_point)")
 
 
 def name_nodes(graph: ir.Graph) -> None:
@@ -80,11 +84,10 @@ def _name_parameter(dequantize: ir.Node, codes: ir.Value, names: _Names) -> None
 
 
 def _name_initializer(graph: ir.Graph, value: ir.Value, names: _Names) -> None:
-    name = value.name or ""
-    if name.startswith(_QUANTIZERS):
-        tensor, _, kind = name.removeprefix(_QUANTIZERS).rpartition(".")
-        graph.initializers.pop(name)
-        value.name = names.free(f"{tensor}_{kind}")
+    found = _GRID.fullmatch(value.name or "")
+    if found:
+        graph.initializers.pop(found[0])
+        value.name = names.free(f"{found[1]}_{found[2]}")
         if value.const_value is not None:
             value.const_value.name = value.name
         graph.register_initializer(value)

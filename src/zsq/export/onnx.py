@@ -19,7 +19,12 @@ from torch.fx import GraphModule
 from zsq.errors import RunError
 from zsq.export.naming import name_nodes
 from zsq.export.operators import DeployedLayer, DeployedQuantizer, global_average_pool, translations
-from zsq.export.rewrites import Facts, input_quantizer, is_global_pool
+from zsq.export.rewrites import (
+    Facts,
+    drop_repeated_quantizers,
+    input_quantizer,
+    is_global_pool,
+)
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import copy_network
 from zsq.quantizers.layers import QuantizedLayer
@@ -78,11 +83,14 @@ def deployed_network(student: Student) -> GraphModule:
     """Return the network that is handed to the exporter: integer constants and opaque operators."""
     network = copy_network(student.network)
     facts = Facts(network, torch.zeros(2, *student.info.input_shape))
+    drop_repeated_quantizers(network, facts)
+    requantized = _requantized(network)
     replaced: dict[str, nn.Module] = {}
     for node in network.graph.nodes:
         module = module_of(network, node)
         if isinstance(module, ActivationQuantizer):
-            replaced[str(node.target)] = DeployedQuantizer(module)
+            path = str(node.target)
+            replaced[path] = DeployedQuantizer(module, clip=path in requantized)
         elif isinstance(module, QuantizedLayer):
             grid = input_quantizer(network, node)
             matrix = len(facts.shapes[node.name]) == 2
@@ -99,6 +107,22 @@ def deployed_network(student: Student) -> GraphModule:
         network.get_submodule(parent).add_module(last, module)
     network.recompile()
     return network
+
+
+def _requantized(network: GraphModule) -> set[str]:
+    """Return the paths of quantizers that read what lies on another quantizer's grid.
+
+    ONNX Runtime merges such a pair into one quantizer on a grid of its own making, which changes
+    values and keeps the layer behind from running in integers; a Clip in between prevents it.
+    """
+    found = set()
+    for node in network.graph.nodes:
+        module = module_of(network, node)
+        if isinstance(module, ActivationQuantizer):
+            source = input_quantizer(network, node)
+            if source is not None and source is not module:
+                found.add(str(node.target))
+    return found
 
 
 def _export(network: GraphModule, input_shape: tuple[int, ...]) -> torch.onnx.ONNXProgram:
@@ -138,17 +162,26 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_quantizers(network: GraphModule, model: ir.Model) -> None:
-    """Check that every quantizer of the network arrived in the file."""
+    """Check that every quantizer of the network arrived in the file.
+
+    The exporter may merge nodes that compute the same from the same, so that a grid or a parameter
+    that is used twice may stand in the file once.
+    """
     modules = [module_of(network, node) for node in network.graph.nodes]
-    activations = sum(isinstance(m, DeployedQuantizer) for m in modules)
-    layers = [m for m in modules if isinstance(m, DeployedLayer)]
-    parameters = len(layers) + sum(m.bias_quantized is not None for m in layers)
-    expected = {"QuantizeLinear": activations, "DequantizeLinear": activations + parameters}
-    for operator, count in expected.items():
+    quantizers = [m for m in modules if isinstance(m, DeployedQuantizer)]
+    parameters = [p for m in modules if isinstance(m, DeployedLayer) for p in m.parameter_keys()]
+    grids = {m.key() for m in quantizers}
+    expected = {
+        "QuantizeLinear": (len(grids), len(quantizers)),
+        "DequantizeLinear": (
+            len(grids) + len(set(parameters)), len(quantizers) + len(parameters),
+        ),
+    }  # fmt: skip
+    for operator, (least, most) in expected.items():
         found = sum(node.op_type == operator for node in model.graph)
-        if found != count:
+        if not least <= found <= most:
             raise RunError(
-                f"the exported graph holds {found} {operator} nodes where the student has {count}; this "
+                f"the exported graph holds {found} {operator} nodes where the student has {most}; this "
                 f"PyTorch ({torch.__version__}) optimised quantizers away. Please report it with the network."
             )
 
@@ -206,8 +239,21 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 def _save(model: ir.Model, path: Path | str) -> None:
     model.producer_name, model.producer_version = "zsq", version("zsq")
+    _forget_exporter(model.graph)
     proto = ir.to_proto(model)
     _strip(proto)
     onnx.checker.check_model(proto, full_check=False)
     with atomic_write(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
+
+
+def _forget_exporter(graph: ir.Graph) -> None:
+    """Drop what the exporter notes about itself: stack traces and file names of this machine."""
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -23,14 +23,19 @@ from zsq.teacher.layers import resolve_operator
 
 
 @torch.library.custom_op("zsq::fake_quantize", mutates_args=())
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Quantize and dequantize an activation; ``scale`` and ``zero_point`` are scalars."""
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clip: bool
+) -> Tensor:
+    """Quantize and dequantize an activation; ``scale`` and ``zero_point`` are scalars.
+
+    ``clip`` asks for an integer Clip even where all 256 codes may occur.
+    """
     zero = zero_point.to(scale.dtype)
     return dequantize(quantize(x, scale, zero, high, low), scale, zero)
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clip: bool) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -63,9 +68,9 @@ def _uint8(value: int) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, np.uint8)))
 
 
-def _translate_fake_quantize(x, scale, zero_point, low: int, high: int):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _translate_fake_quantize(x, scale, zero_point, low: int, high: int, clip: bool):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     codes = op.QuantizeLinear(x, scale, zero_point)
-    if (low, high) != (0, 255):
+    if clip or (low, high) != (0, 255):
         codes = op.Clip(codes, _uint8(low), _uint8(high))
     return op.DequantizeLinear(codes, scale, zero_point)
 
@@ -88,20 +93,31 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 class DeployedQuantizer(nn.Module):
-    """An activation quantizer as it is exported: constants and one operator."""
+    """An activation quantizer as it is exported: constants and one operator.
+
+    Args:
+        quantizer: settled.
+        clip: write an integer Clip even where all 256 codes may occur.
+    """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, quantizer: ActivationQuantizer, *, clip: bool) -> None:
         super().__init__()
-        self.low, self.high = quantizer.low, quantizer.high
+        self.low, self.high, self.clip = quantizer.low, quantizer.high, clip
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid."""
-        return torch.ops.zsq.fake_quantize(x, self.scale, self.zero_point, self.low, self.high)  # type: ignore[no-any-return]
+        return torch.ops.zsq.fake_quantize(  # type: ignore[no-any-return]
+            x, self.scale, self.zero_point, self.low, self.high, self.clip
+        )
+
+    def key(self) -> tuple[float, int, int, int]:
+        """Return what tells this grid from others."""
+        return float(self.scale), int(self.zero_point), self.low, self.high
 
 
 class DeployedLayer(nn.Module):
@@ -113,6 +129,14 @@ class DeployedLayer(nn.Module):
         matrix: whether its input has two axes. A linear layer on more axes becomes a matrix product
             with the transposed weight, the only form that runtimes fuse.
     """
+
+    weight_quantized: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    bias_quantized: Tensor | None
+    bias_scale: Tensor
+    bias_zero_point: Tensor
 
     def __init__(self, layer: QuantizedLayer, input_scale: Tensor | None, *, matrix: bool) -> None:
         super().__init__()
@@ -150,6 +174,13 @@ class DeployedLayer(nn.Module):
             product = torch.matmul(x, weight)
             return product if bias is None else product + bias
         return self._call(x, weight, bias, *self.arguments)  # type: ignore[no-any-return]
+
+    def parameter_keys(self) -> list[tuple[bytes, ...]]:
+        """Return, for the weight and an integer bias, what tells them from those of other layers."""
+        stored = [(self.weight_quantized, self.weight_scale, self.weight_zero_point)]
+        if self.bias_quantized is not None:
+            stored.append((self.bias_quantized, self.bias_scale, self.bias_zero_point))
+        return [tuple(tensor.numpy().tobytes() for tensor in tensors) for tensors in stored]
 
 
 def accumulator_step(input_scale: Tensor, weight_scale: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from zsq.errors import RunError
 from zsq.export.fusion import Fusion, read_fusion
 from zsq.export.onnx import INPUT
 
@@ -93,6 +95,9 @@ def measure(
 
     Returns:
         The measurements.
+
+    Raises:
+        RunError: the runtime refuses one of the files, or fails on the way.
     """
     threads = threads or usable_cores()
     session = open_session(path, threads)
@@ -136,6 +141,9 @@ def open_session(path: Path | str, threads: int, optimized: Path | None = None) 
         path: the file.
         threads: intra-operator threads.
         optimized: where to save the graph that the runtime will execute.
+
+    Raises:
+        RunError: the runtime refuses the file.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -144,14 +152,35 @@ def open_session(path: Path | str, threads: int, optimized: Path | None = None) 
         # one level below the default: the last one only renames what stayed float for its layout
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with _refusals():
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what ONNX Runtime raises, types without a common base, into a `RunError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise RunError(
+            f"ONNX Runtime {onnxruntime.__version__} does not run the exported file: {reason[:300]}. The "
+            "quantized network itself is fine (zsq.load runs it); replace the operator named here to get "
+            "an ONNX file."
+        ) from error
 
 
 def run_file(session: Any, images: Tensor) -> Tensor:
-    """Return the logits that a file computes."""
+    """Return the logits that a file computes.
+
+    Raises:
+        RunError: the runtime fails on the way.
+    """
     name = session.get_inputs()[0].name
     batches = torch.split(images.detach().cpu().float(), _BATCH)
-    return torch.cat([torch.from_numpy(session.run(None, {name: b.numpy()})[0]) for b in batches])
+    with _refusals():
+        logits = [session.run(None, {name: batch.numpy()})[0] for batch in batches]
+    return torch.cat([torch.from_numpy(batch) for batch in logits])
 
 
 def fusion_of(path: Path | str) -> Fusion:

@@ -34,7 +34,7 @@ class Facts(Interpreter):
 
     Attributes:
         shapes: by node name.
-        quantizable: names of nodes whose result is a finite floating-point tensor.
+        quantizable: names of nodes whose result is a finite float32 tensor.
     """
 
     def __init__(self, network: GraphModule, images: Tensor) -> None:
@@ -50,7 +50,7 @@ class Facts(Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n.name] = tuple(result.shape)
-            if result.is_floating_point() and bool(torch.isfinite(result).all()):
+            if result.dtype == torch.float32 and bool(torch.isfinite(result).all()):
                 self.quantizable.add(n.name)
         return result
 
@@ -83,6 +83,26 @@ def rewrite(network: GraphModule, facts: Facts) -> None:
     _logits_convolution_to_linear(network, facts)
     network.graph.eliminate_dead_code()
     network.graph.lint()
+    network.recompile()
+
+
+def drop_repeated_quantizers(network: GraphModule, facts: Facts) -> None:
+    """Drop slices that take everything, and quantizers right behind themselves, in place."""
+    for node in list(network.graph.nodes):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node):
+            continue
+        whole = operator_name(node.target) == "aten.slice.Tensor" and (
+            facts.shapes[node.name] == facts.shapes[source.name]
+        )
+        repeated = (
+            isinstance(module_of(network, node), ActivationQuantizer)
+            and source.op == "call_module"
+            and source.target == node.target
+        )
+        if whole or repeated:
+            node.replace_all_uses_with(source)
+            network.graph.erase_node(node)
     network.recompile()
 
 

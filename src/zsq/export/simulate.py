@@ -9,6 +9,7 @@ results are its results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,22 +61,29 @@ class _Runner(Interpreter):
         operands = tensor_inputs(n)
         grids = [input_quantizer(self.network, n, i) for i in range(len(operands))]
         known = [grid for grid in grids if grid is not None]
-        if not known or len(known) < len(grids):
+        kernel = self._kernel(n, known)
+        if kernel is None or len(known) < len(grids):
             return super().run_node(n)
-        layer, output = module_of(self.network, n), self._reader(n)
         codes = [offset_codes(self.env[x], grid) for x, grid in zip(operands, known, strict=True)]
+        return kernel(codes)
+
+    def _kernel(
+        self, node: Node, grids: list[ActivationQuantizer]
+    ) -> Callable[[list[Tensor]], Tensor] | None:
+        """Return what computes a node from its operands' codes, or None if floats compute it."""
+        layer, output = module_of(self.network, node), self._reader(node)
         if isinstance(layer, QuantizedLayer):
-            return run_layer(layer, codes[0], known[0], output)
+            return lambda codes: run_layer(layer, codes[0], grids[0], output)
         if output is None:
-            return super().run_node(n)
-        name = operator_name(n.target)
-        if is_global_pool(n):
-            return run_global_pool(codes[0], known[0], output)
-        if name == "aten.add.Tensor" and len(codes) == 2 and n.kwargs.get("alpha", 1) == 1:
-            return run_addition(codes, known, output)
-        if name == "aten.mul.Tensor" and len(codes) == 2:
-            return run_product(codes, known, output)
-        return super().run_node(n)
+            return None
+        name = operator_name(node.target)
+        if is_global_pool(node):
+            return lambda codes: run_global_pool(codes[0], grids[0], output)
+        if name == "aten.add.Tensor" and len(grids) == 2 and node.kwargs.get("alpha", 1) == 1:
+            return lambda codes: run_addition(codes, grids, output)
+        if name == "aten.mul.Tensor" and len(grids) == 2:
+            return lambda codes: run_product(codes, grids, output)
+        return None
 
     def _reader(self, node: Node) -> ActivationQuantizer | None:
         """Return the quantizer that alone reads a node."""
