@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq.config import Synthesis, load_recipe
+from zsq.config import GenieSynthesis, load_recipe
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.student import attach, prepared_network
@@ -43,7 +43,7 @@ def synthesis(teacher: Teacher) -> None:
     seconds = []
     for steps in (300, 600):
         start = time.perf_counter()
-        synthesize_genie(teacher, Synthesis(images=128, steps=steps), Context(policy=policy))
+        synthesize_genie(teacher, GenieSynthesis(images=128, steps=steps), Context(policy=policy))
         seconds.append(time.perf_counter() - start)
     step = 1000 * (seconds[1] - seconds[0]) / 300
     print(f"synthesis, batch 128: {step:.0f} ms a step; 500 steps in "

@@ -11,7 +11,8 @@ from importlib.metadata import version
 
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
-from zsq.pipeline import export, load, quantize, save, synthesize, tune
+from zsq.pipeline import export, load, quantize, save
+from zsq.stages import synthesize, tune, tune_with_generator
 from zsq.student import Student, attach
 from zsq.teacher.inspect import inspect_teacher as inspect
 from zsq.teacher.teacher import Teacher, load_teacher
@@ -32,4 +33,5 @@ __all__ = [
     "save",
     "synthesize",
     "tune",
+    "tune_with_generator",
 ]

@@ -22,7 +22,6 @@ from zsq.artifact.networkfile import (
 )
 from zsq.artifact.runfolder import RunFolder
 from zsq.config import Recipe, load_recipe, to_yaml
-from zsq.evaluation.folder import load_images, open_folder
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
 from zsq.runtime.checkpoints import Checkpoints
@@ -30,41 +29,15 @@ from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog
 from zsq.runtime.policy import Policy, Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
-from zsq.student import Student, attach, prepared_network
-from zsq.synthesis.genie import predict, synthesize_genie
+from zsq.stages import Images, choose_images, learns_together, produce, tuned
+from zsq.student import Student, prepared_network
 from zsq.synthesis.images import ImageSet
-from zsq.teacher.equalize import equalized
 from zsq.teacher.teacher import Teacher, load_teacher
-from zsq.tuning.reconstruct import reconstruct
 
 #: Images that calibrate extra edges and judge parity at export.
 EXPORT_IMAGES = 256
-
-Images = ImageSet | Tensor | str | Path | None
-
-
-def synthesize(
-    teacher: Teacher, recipe: Recipe | str = "genie", *, context: Context | None = None
-) -> ImageSet:
-    """Make images from a teacher's batch norm statistics.
-
-    Args:
-        teacher: from `load_teacher`.
-        recipe: its ``synthesis`` part says how and how many.
-        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
-
-    Raises:
-        UsageError: the teacher has no batch norm with running statistics.
-        RunError: the loss became NaN.
-    """
-    return synthesize_genie(teacher, load_recipe(recipe).synthesis, context or Context())
-
-
-def tune(
-    teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
-) -> Student:
-    """Tune a student on images with its recipe's tuner; return it frozen on integers."""
-    return reconstruct(teacher, student, images, context or Context())
+#: Sides from here on are large: recipes apply what was published for ImageNet.
+LARGE = 128
 
 
 def quantize(
@@ -134,15 +107,14 @@ def quantize(
         allow_pickle=allow_pickle,
     )
     resolved = load_recipe(
-        recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
-    )
+        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE,
+        settings=settings, bits=bits, protocol=protocol,
+    )  # fmt: skip
     policy = make_policy(device, precision, compile)
     reporter = reporter or QuietReporter()
     if out is None:
         context = Context(seed=seed, policy=policy, reporter=reporter)
-        chosen = _images(teacher, resolved, images, context)
-        student = _tuned(teacher, resolved, chosen, context)
-        return student.to("cpu")
+        return produce(teacher, resolved, images, context)[0].to("cpu")
     folder = RunFolder.start(out, _identity(teacher, resolved, seed, policy, images), resume=resume)
     with MetricsLog(folder.file("metrics.jsonl")) as metrics:
         checkpoints = Checkpoints(folder.file("checkpoints"))
@@ -182,56 +154,33 @@ def _run(
     folder.write_text("recipe.yaml", to_yaml(recipe))
     if not folder.file("teacher.safetensors").exists():
         save_teacher(teacher, folder.file("teacher.safetensors"))
-    path = folder.file("images.safetensors")
-    if path.exists():
-        chosen = ImageSet.load(path)
-    else:
-        with _timed(folder, "images"):
-            chosen = _images(teacher, recipe, images, context)
-        chosen.save(path)
-    path = folder.file("student.safetensors")
-    if not path.exists():
-        with _timed(folder, "tuning"):
-            student = _tuned(teacher, recipe, chosen, context)
-        save_student(student.to("cpu"), path)
-    student = load_student(path)
+    _produce(folder, teacher, recipe, images, context)
+    student = load_student(folder.file("student.safetensors"))
     if not folder.file("model.onnx").exists() or "export" not in folder.record["results"]:
         with _timed(folder, "export"):
             _export(folder, "ort-cpu", folder.file("model.onnx"), False, context.reporter)
     return student
 
 
-def _tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
-    """Fold and equalize, quantize, tune."""
-    if recipe.fold_batch_norm or recipe.protocol == "integer":
-        sample = images.images[: recipe.tuning.calibration_images]
-        teacher = equalized(teacher, sample, recipe.equalize)
-    return tune(teacher, attach(teacher, recipe), images, context=context)
-
-
-def _images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:
-    """Return the images to tune with: given, read from a folder, or synthesised."""
-    info = teacher.info
-    if isinstance(images, ImageSet):
-        return images.check(info.input_shape)
-    if isinstance(images, Tensor):
-        given = ImageSet(
-            images.float(), torch.zeros(len(images), dtype=torch.long), {"method": "given"}
-        )
-        given.check(info.input_shape)
-        return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
-    if images is not None:
-        opened = open_folder(
-            images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
-        )
-        pixels, labels = load_images(
-            opened, min(recipe.synthesis.images, len(opened)), context.seed
-        )
-        provenance: dict[str, object] = {
-            "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
-        }  # fmt: skip
-        return ImageSet(pixels, labels, provenance).check(info.input_shape)
-    return synthesize(teacher, recipe, context=context)
+def _produce(
+    folder: RunFolder, teacher: Teacher, recipe: Recipe, images: Images, context: Context
+) -> None:
+    """Write a run's images and its student, each unless it is there."""
+    pictures, result = folder.file("images.safetensors"), folder.file("student.safetensors")
+    if result.exists():
+        return
+    if learns_together(recipe, images):
+        with _timed(folder, "tuning"):
+            student, chosen = produce(teacher, recipe, None, context)
+        chosen.save(pictures)
+    else:
+        if not pictures.exists():
+            with _timed(folder, "images"):
+                chosen = choose_images(teacher, recipe, images, context)
+            chosen.save(pictures)
+        with _timed(folder, "tuning"):
+            student = tuned(teacher, recipe, ImageSet.load(pictures), context)
+    save_student(student.to("cpu"), result)
 
 
 def load(run: str | Path) -> Student:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from zsq.config import Recipe
+from zsq.config import Finetuning, Recipe, Reconstruction
 from zsq.errors import UsageError
 from zsq.functional.affine import search_weight_grid
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantize_layers
 from zsq.quantizers.layers import QuantizedLayer
+from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.quantizers.protocol import Placement, place
 from zsq.quantizers.weight import SoftRoundWeight, round_to_nearest
 from zsq.teacher.fold import fold_batch_norms
@@ -82,9 +83,9 @@ def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:
 def attach(teacher: Teacher, recipe: Recipe) -> Student:
     """Put a recipe's quantizers on a copy of the teacher.
 
-    Weights start on their searched grid: learned rounding where the recipe tunes, the nearest code
-    where it does not. Activation quantizers are off until `calibrate_student` or reconstruction
-    gives them a step.
+    For reconstruction weights start on their searched grid: learned rounding where there are steps,
+    the nearest code where there are none. For fine-tuning they are master weights on a min-max grid
+    that moves with them. Activation quantizers are off until tuning gives them a range.
 
     Args:
         teacher: stays as it is.
@@ -98,25 +99,31 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     """
     network = prepared_network(teacher, recipe)
     placement = place(network, recipe.protocol, recipe.bits, recipe.overrides)
-    tuning = recipe.tuning
-
-    def weight_quantizer(layer: nn.Module, bits: int) -> nn.Module:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        grid = search_weight_grid(weight, bits, power=tuning.power)
-        if tuning.steps == 0:
-            return round_to_nearest(weight, bits, grid)
-        return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
-
-    quantize_layers(network, placement, weight_quantizer)
-    insert_quantizers(
-        network, placement, lambda bits: ActivationQuantizer(bits, log_scale=tuning.log_scale)
+    quantize_layers(
+        network, placement, lambda layer, bits: _weight_quantizer(layer.weight, bits, recipe.tuning)
     )
+    insert_quantizers(network, placement, lambda bits: _activation_quantizer(bits, recipe.tuning))
     student = Student(network, placement, teacher.info, recipe)
     for quantizer in student.quantizers().values():
         quantizer.enabled = False
     device = next(iter(teacher.network.parameters())).device
     return student.to(device).eval()
+
+
+def _weight_quantizer(weight: Tensor, bits: int, tuning: Reconstruction | Finetuning) -> nn.Module:
+    """Return what a weight goes through while it is tuned as the recipe says."""
+    if isinstance(tuning, Finetuning):
+        return MinMaxWeight(weight, bits)
+    grid = search_weight_grid(weight, bits, power=tuning.power)
+    if tuning.steps == 0:
+        return round_to_nearest(weight, bits, grid)
+    return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
+
+
+def _activation_quantizer(bits: int, tuning: Reconstruction | Finetuning) -> ActivationQuantizer:
+    if isinstance(tuning, Finetuning):
+        return TrackedActivation(bits, decay=tuning.range_decay)
+    return ActivationQuantizer(bits, log_scale=tuning.log_scale)
 
 
 @torch.no_grad()

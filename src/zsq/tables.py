@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from zsq.config import Recipe, Synthesis, Tuning, to_yaml
+from zsq.config import GeneratorSynthesis, Recipe, Reconstruction, to_yaml
 from zsq.teacher.inspect import Inspection
 
 
@@ -134,18 +134,33 @@ def recipes_table(found: Iterable[Recipe]) -> Iterable[RenderableType]:
     for column in ("recipe", "what", "paper", "full schedule"):
         table.add_column(column, overflow="fold")
     for recipe in found:
-        s, t = recipe.synthesis, recipe.tuning
-        schedule = f"{s.images} images x {s.steps} steps, {t.steps} steps a {t.unit}"
-        table.add_row(recipe.name, escape(recipe.title), escape(recipe.paper), schedule)
+        table.add_row(recipe.name, escape(recipe.title), escape(recipe.paper), _schedule(recipe))
     yield table
+
+
+def _schedule(recipe: Recipe) -> str:
+    """Say in a few words how long a recipe works at what."""
+    synthesis, tuning = recipe.synthesis, recipe.tuning
+    if isinstance(synthesis, GeneratorSynthesis):
+        images = f"{synthesis.steps} generator steps"
+    else:
+        images = f"{synthesis.images} images x {synthesis.steps} steps"
+    if isinstance(tuning, Reconstruction):
+        return f"{images}, {tuning.steps} steps a {tuning.unit}"
+    return f"{images}, {tuning.steps} student steps"
 
 
 def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     """Show one recipe with the meaning of its settings."""
     yield escape(to_yaml(recipe))
     table = _table("what the settings mean", "setting", "meaning")
-    for part, model in (("synthesis", Synthesis), ("tuning", Tuning)):
-        for name, field in model.model_fields.items():
+    parts = {
+        "synthesis": recipe.synthesis, "tuning": recipe.tuning,
+        "tuning.losses": getattr(recipe.tuning, "losses", None),
+        "tuning.inundation": getattr(recipe.tuning, "inundation", None),
+    }  # fmt: skip
+    for part, settings in parts.items():
+        for name, field in type(settings).model_fields.items() if settings else ():
             if field.description:
                 table.add_row(f"{part}.{name}", escape(field.description))
     yield table

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from zsq.config import Synthesis
+from zsq.config import GenieSynthesis
 from zsq.errors import RunError, UsageError
 from zsq.runtime.checkpoints import Checkpoints, load_tensors, save_tensors
 from zsq.runtime.context import Context
@@ -21,7 +21,7 @@ from zsq.runtime.policy import Policy
 from zsq.synthesis.genie import Plateau, batch_sizes, synthesize_genie
 from zsq.teacher.teacher import load_teacher
 
-QUICK = Synthesis(images=6, batch=6, steps=2, latent=8)
+QUICK = GenieSynthesis(images=6, batch=6, steps=2, latent=8)
 
 
 @pytest.fixture(scope="module")

@@ -153,9 +153,17 @@ class Grid:
     error: Tensor
 
 
-def _grid_of_range(
+def grid_of_range(
     low: Tensor, high: Tensor, codes: int, zero_in_range: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of a grid that spans a range.
+
+    Args:
+        low: smallest value; scalar or one per channel.
+        high: largest value, likewise.
+        codes: number of steps.
+        zero_in_range: extend the range to contain zero, so that the zero point is a code.
+    """
     if zero_in_range:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = ((high - low) / codes).clamp(min=SMALLEST_SCALE)
@@ -177,7 +185,7 @@ def _search(
     best: Grid | None = None
     for step in range(candidates):
         ratio = 1.0 - step / candidates
-        scale, zero_point = _grid_of_range(low * ratio, high * ratio, codes, zero_in_range)
+        scale, zero_point = grid_of_range(low * ratio, high * ratio, codes, zero_in_range)
         if fixed_zero_point is not None:
             zero_point = torch.full_like(scale, fixed_zero_point)
         error = _error(x, scale, zero_point, codes, power)

@@ -32,12 +32,19 @@ def mean_std(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         (2.0, 1.4142)
     """
     count = x.numel() // x.shape[1]
+    mean, variance = centered_moments(x, center)
+    unbiased = variance.clamp(min=SMALLEST_VARIANCE) * (count / max(count - 1, 1))
+    return mean, torch.sqrt(unbiased)
+
+
+def centered_moments(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Return per-channel mean and biased variance, as `mean_std` computes them."""
+    count = x.numel() // x.shape[1]
     centered = x.float() - center.reshape(1, -1, *[1] * (x.ndim - 2))
     flat = centered.flatten(2) if x.ndim > 2 else centered.unsqueeze(-1)
     first = flat.sum(2).sum(0) / count
     second = (flat * flat).sum(2).sum(0) / count
-    variance = (second - first * first).clamp(min=SMALLEST_VARIANCE) * (count / max(count - 1, 1))
-    return first + center, torch.sqrt(variance)
+    return first + center, second - first * first
 
 
 def batch_norm_loss(

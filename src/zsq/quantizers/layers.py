@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight
+from zsq.quantizers.weight import FrozenWeight
 from zsq.teacher.layers import Layer, resolve_operator
 
 
@@ -56,9 +56,9 @@ class QuantizedLayer(nn.Module):
         return int(self.weight.bits)  # type: ignore[arg-type]
 
     def freeze(self) -> None:
-        """Replace learned rounding by the integers it settled on; harmless when done already."""
-        if isinstance(self.weight, SoftRoundWeight):
-            self.weight = self.weight.freeze()
+        """Replace what is being tuned by the integers it settled on; harmless when done already."""
+        if not isinstance(self.weight, FrozenWeight):
+            self.weight = self.weight.freeze()  # type: ignore[operator]
 
     @property
     def frozen(self) -> FrozenWeight:

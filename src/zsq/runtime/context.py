@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zsq.runtime.checkpoints import Checkpoints
-from zsq.runtime.metrics import MetricsLog
+from zsq.runtime.metrics import MetricsLog, Value
 from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter, Reporter
 
@@ -29,7 +29,7 @@ class Context:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     metrics: MetricsLog | None = None
 
-    def record(self, stage: str, step: int, **values: float | str | bool | None) -> None:
+    def record(self, stage: str, step: int, **values: Value) -> None:
         """Write values over time, where a run keeps them."""
         if self.metrics is not None:
             self.metrics.write(stage=stage, step=step, **values)

@@ -18,6 +18,9 @@ from typing import Any
 
 from zsq.errors import RunError, UsageError
 
+#: What a record may hold: plain values, or numbers by name (of a layer, say).
+Value = float | str | bool | None | dict[str, float]
+
 
 class MetricsLog:
     """Appends records to a file of JSON lines.
@@ -50,7 +53,7 @@ class MetricsLog:
         except OSError as error:
             raise self._failure(error) from error
 
-    def write(self, *, stage: str, step: int, **values: float | str | bool | None) -> None:
+    def write(self, *, stage: str, step: int, **values: Value) -> None:
         """Append one record, with the time (seconds since 1970) in front.
 
         Args:
@@ -152,6 +155,8 @@ def _parse(line: bytes, path: Path | str, number: int) -> dict[str, Any]:
 
 def _finite(value: object) -> object:
     """Replace NaN and infinity, which JSON cannot hold, by None."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -90,16 +90,16 @@ class Compiled:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], *, enabled: bool, note: Callable[[str], None]
+        self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None]
     ) -> None:
         self.function = function
-        self.compiled: Callable[..., Tensor] | None = (
+        self.compiled: Callable[..., Any] | None = (
             torch.compile(function, dynamic=False) if enabled else None
         )
         self.proved = False
         self.note = note
 
-    def __call__(self, *arguments: Tensor | None) -> Tensor:
+    def __call__(self, *arguments: Tensor | None) -> Any:
         """Call the function."""
         if self.compiled is None:
             return self.function(*arguments)

@@ -7,22 +7,35 @@ import torch
 from torch import Tensor, nn
 
 
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance per channel of ``x`` (N, C, H, W), each (C,) float32.
+
+    Written as sums per image so that a compiler runs them in parallel over images and fuses them
+    with their neighbours.
+    """
+    wide = x.float()
+    count = x.numel() // x.shape[1]
+    mean = wide.sum((2, 3)).sum(0) / count
+    variance = (wide * wide).sum((2, 3)).sum(0) / count - mean * mean
+    return mean, variance.clamp(min=0.0)
+
+
 class BatchStandardize(nn.Module):
     """Batch norm that always uses the batch's own statistics, in float32.
 
-    The same arithmetic as `torch.nn.BatchNorm2d` in training mode, written as sums per image so
-    that a compiler runs it in parallel over images and fuses it with its neighbours.
+    The same arithmetic as `torch.nn.BatchNorm2d` in training mode; see `batch_moments`.
 
     Args:
         channels: C.
         affine: learn a scale and a shift per channel.
+        eps: added to the variance.
     """
 
-    def __init__(self, channels: int, *, affine: bool = True) -> None:
+    def __init__(self, channels: int, *, affine: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
-        self.eps = 1e-5
+        self.eps = eps
 
     def reset_parameters(self) -> None:
         """Return to scale 1 and shift 0."""
@@ -32,15 +45,12 @@ class BatchStandardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x`` (N, C, H, W)."""
-        wide = x.float()
-        count = x.numel() // x.shape[1]
-        mean = wide.sum((2, 3)).sum(0) / count
-        variance = (wide * wide).sum((2, 3)).sum(0) / count - mean * mean
-        scale = torch.rsqrt(variance.clamp(min=0.0) + self.eps)
+        mean, variance = batch_moments(x)
+        scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return (wide * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).to(x.dtype)
+        return (x.float() * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).to(x.dtype)
 
 
 def upsample_twice(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zsq.config import Synthesis
+from zsq.config import GenieSynthesis
 from zsq.errors import RunError
 from zsq.functional.shift import random_offsets
 from zsq.functional.statistics import batch_norm_loss, image_loss
@@ -99,7 +99,9 @@ class _Objective:
         return images
 
 
-def _objective(teacher: Teacher, settings: Synthesis, shifts: int, context: Context) -> _Objective:
+def _objective(
+    teacher: Teacher, settings: GenieSynthesis, shifts: int, context: Context
+) -> _Objective:
     policy = context.policy
     tapped, targets = tap_batch_norms(teacher.network, swing=shifts > 0)
     return _Objective(
@@ -111,7 +113,7 @@ def _objective(teacher: Teacher, settings: Synthesis, shifts: int, context: Cont
     )
 
 
-def synthesize_genie(teacher: Teacher, settings: Synthesis, context: Context) -> ImageSet:
+def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Context) -> ImageSet:
     """Make images from a teacher's batch norm statistics with GENIE-D.
 
     Args:
@@ -155,7 +157,7 @@ def synthesize_genie(teacher: Teacher, settings: Synthesis, context: Context) ->
 
 
 def _one_batch(
-    objective: _Objective, loss_function: Compiled, settings: Synthesis, size: int, shifts: int,
+    objective: _Objective, loss_function: Compiled, settings: GenieSynthesis, size: int, shifts: int,
     index: int, task: Task,
 ) -> dict[str, Tensor]:  # fmt: skip
     context, device = objective.context, objective.context.policy.device
@@ -178,7 +180,7 @@ def _one_batch(
         loss = loss_function(z, offsets)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         plateau.step(loss.detach())

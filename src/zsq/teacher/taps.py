@@ -25,11 +25,12 @@ TARGET_EPS = 1e-6
 
 @dataclass(frozen=True)
 class StatisticsTarget:
-    """Stored statistics of one batch norm: mean and standard deviation, each (C,), float32."""
+    """Stored statistics of one batch norm: mean, standard deviation, variance; (C,), float32."""
 
     path: str
     mean: Tensor
     std: Tensor
+    variance: Tensor
 
 
 def batch_norm_nodes(network: GraphModule) -> list[Node]:
@@ -38,7 +39,7 @@ def batch_norm_nodes(network: GraphModule) -> list[Node]:
 
 
 def tap_batch_norms(
-    network: GraphModule, *, swing: bool = False
+    network: GraphModule, *, swing: bool = False, logits: bool = False
 ) -> tuple[GraphModule, list[StatisticsTarget]]:
     """Build the tapped copy of a network.
 
@@ -47,6 +48,7 @@ def tap_batch_norms(
         swing: put a `Shift` before every convolution whose stride is not 1 (GENIE's swing
             convolution, arXiv 2212.04780, section 4.1). The copy then takes, after the images, an
             integer tensor (shifts, 2) of offsets (`zsq.functional.shift.random_offsets`).
+        logits: return the pair (logits, batch norm inputs) from one pass.
 
     Returns:
         The tapped network, whose output is the list of batch norm inputs, and their targets.
@@ -65,7 +67,8 @@ def tap_batch_norms(
     if swing:
         _insert_shifts(tapped)
     output = next(n for n in tapped.graph.nodes if n.op == "output")
-    output.args = (tuple(n.args[0] for n in taps),)
+    inputs = tuple(n.args[0] for n in taps)
+    output.args = ((output.all_input_nodes[0], inputs),) if logits else (inputs,)
     tapped.graph.eliminate_dead_code()
     targets = [_target(tapped, node) for node in taps]
     tapped.delete_all_unused_submodules()
@@ -78,7 +81,8 @@ def _target(network: GraphModule, node: Node) -> StatisticsTarget:
     module = module_of(network, node)
     assert isinstance(module, BatchNorm)
     mean, variance = module.running_mean.float(), module.running_var.float()
-    return StatisticsTarget(str(node.target), mean.clone(), torch.sqrt(variance + TARGET_EPS))
+    std = torch.sqrt(variance + TARGET_EPS)
+    return StatisticsTarget(str(node.target), mean.clone(), std, variance.clone())
 
 
 def strided_nodes(network: GraphModule) -> list[Node]:

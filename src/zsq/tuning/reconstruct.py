@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq.config import Tuning
+from zsq.config import Reconstruction
 from zsq.errors import RunError
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.runtime.context import Context
@@ -54,7 +54,9 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
     policy = context.policy
     network = policy.place(prepared_network(teacher, student.recipe))
     policy.place(student.network)
-    for each in _passes(student.recipe.tuning):
+    settings = student.recipe.tuning
+    assert isinstance(settings, Reconstruction)
+    for each in _passes(settings):
         if each.settings.unit == "layer":
             _layers_one_by_one(network, student, images.images, each, context)
         else:
@@ -68,11 +70,11 @@ class _Pass:
     """One sweep over the network: its settings, and whether activations are quantized in it."""
 
     name: str
-    settings: Tuning
+    settings: Reconstruction
     activations: bool
 
 
-def _passes(settings: Tuning) -> list[_Pass]:
+def _passes(settings: Reconstruction) -> list[_Pass]:
     """Return the sweeps of a method: one for weights and activations together, or one for each."""
     if settings.quantize_activations == "together":
         return [_Pass("piece", settings, True)] if settings.steps else []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zsq.config import Tuning
+from zsq.config import Reconstruction
 from zsq.functional.masks import RandomMasks
 from zsq.functional.rounding import beta_at, rounding_regularizer
 from zsq.functional.schedules import cosine
@@ -43,7 +43,7 @@ class PieceTuner:
     """
 
     def __init__(
-        self, piece: Piece, problem: Problem, settings: Tuning, context: Context, *,
+        self, piece: Piece, problem: Problem, settings: Reconstruction, context: Context, *,
         activations: bool = True,
     ) -> None:  # fmt: skip
         self.piece, self.settings, self.context = piece, settings, context

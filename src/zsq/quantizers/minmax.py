@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Min-max quantizers: what fine-tuning learns through (protocol ``all-low-bit``).
+
+Weights keep a float master whose grid spans each output channel's minimum and maximum and moves
+with them; activations get the running range of a warm-up, frozen afterwards. Gradients pass straight
+through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and its descendants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zsq.functional.affine import dequantize, grid_of_range, quant_max, quantize
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.weight import FrozenWeight
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantize and dequantize; the gradient passes as if nothing had happened."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int,
+    ) -> Tensor:  # fmt: skip
+        return dequantize(quantize(x, scale, zero_point, high, low), scale, zero_point)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return gradient, None, None, None, None
+
+
+def straight_through(
+    x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int = 0
+) -> Tensor:
+    """Return ``x`` on a grid, with gradient 1 everywhere.
+
+    Args:
+        x: any shape, float32.
+        scale: scalar, or (C,) for one per index of axis 0; a constant in the backward pass.
+        zero_point: like ``scale``.
+        high: largest code.
+        low: smallest code.
+
+    Example:
+        >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
+        >>> y = straight_through(x, torch.tensor(0.1), torch.tensor(0.0), 15)
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0.3000, 1.5000]), tensor([1., 1.]))
+    """
+    return _StraightThrough.apply(x, scale, zero_point, high, low)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class MinMaxWeight(nn.Module):
+    """A float master weight, rounded on its own per-channel min-max grid in every forward pass.
+
+    The grid always contains zero, as integer runtimes need; the published one does without, which
+    differs only for channels whose weights all have one sign.
+
+    Args:
+        weight: (C, ...) float; copied.
+        bits: 2 to 8.
+
+    Attributes:
+        master: the learned weight.
+    """
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.master = nn.Parameter(weight.detach().clone())
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of the current master weight, each (C,)."""
+        return minmax_grid(self.master, self.bits)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step per output channel, (C,)."""
+        return self.grid()[0]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero point per output channel, (C,)."""
+        return self.grid()[1]
+
+    def forward(self) -> Tensor:
+        """Return the rounded weight."""
+        scale, zero_point = self.grid()
+        return straight_through(self.master, scale, zero_point, quant_max(self.bits))
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Return the integer codes."""
+        codes = quantize(self.master, *self.grid(), quant_max(self.bits))
+        return codes.to(torch.uint8)
+
+    def freeze(self) -> FrozenWeight:
+        """Return the constant quantizer."""
+        return FrozenWeight(self.codes(), *self.grid(), self.bits)
+
+    def extra_repr(self) -> str:
+        """Describe the quantizer in one line."""
+        return f"bits={self.bits}, shape={tuple(self.master.shape)}"
+
+
+def minmax_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point (C,) that span each channel's range, extended to contain zero.
+
+    Args:
+        weight: (C, ...) float.
+        bits: 2 to 8.
+
+    Example:
+        >>> minmax_grid(torch.tensor([[-0.5, 1.0]]), 2)
+        (tensor([0.5000]), tensor([1.]))
+    """
+    low, high = weight.detach().flatten(1).aminmax(dim=1)
+    return grid_of_range(low, high, quant_max(bits), True)
+
+
+class TrackedActivation(ActivationQuantizer):
+    """Per-tensor fake quantization with the running range of what it has seen.
+
+    The running average is kept raw, with the number of its terms, and corrected for its start at
+    zero when it is read. (Public code corrects what it stores, and so compounds the correction: its
+    range is thousands of times too large after twenty batches.)
+
+    Args:
+        bits: 2 to 8.
+        decay: of the running average.
+
+    Attributes:
+        tracking: True while batches move the range; otherwise a forward pass changes nothing.
+    """
+
+    average: Tensor
+    count: Tensor
+
+    def __init__(self, bits: int, *, decay: float = 0.9) -> None:
+        super().__init__(bits, log_scale=False)
+        self.raw_scale.requires_grad_(False)
+        self.decay = decay
+        self.tracking = False
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("count", torch.zeros(()))
+
+    def range(self) -> Tensor:
+        """Return the smallest and largest value, (2,)."""
+        return self.average / (1 - self.decay**self.count).clamp(min=1e-12)
+
+    @torch.no_grad()
+    def track(self, x: Tensor) -> None:
+        """Let a batch move the range."""
+        extremes = torch.stack(x.detach().float().aminmax())
+        self.average.mul_(self.decay).add_(extremes, alpha=1 - self.decay)
+        self.count.add_(1)
+        low, high = self.range()
+        scale, zero_point = grid_of_range(low, high, quant_max(self.bits), True)
+        self.raw_scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the quantizer's grid, gradient passing straight through."""
+        if not self.enabled:
+            return x
+        if self.tracking:
+            self.track(x)
+        return straight_through(x.float(), self.scale, self.zero_point, self.high, self.low)

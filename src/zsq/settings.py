@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that recipes are made of: bits, how images come about, how the student learns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from zsq.errors import UsageError
+
+
+class Part(BaseModel):
+    """A frozen group of settings; unknown names are errors, docstrings are descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Bits(Part):
+    """Bits per weight and per activation, written ``w4a4``."""
+
+    weights: int = Field(default=4, ge=2, le=8)
+    activations: int = Field(default=4, ge=2, le=8)
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """Read the notation ``w4a4``.
+
+        Raises:
+            UsageError: the text is not of that form, or a width is outside 2..8.
+
+        Example:
+            >>> Bits.parse("w2a4").weights
+            2
+        """
+        match = re.fullmatch(r"[wW]([2-8])[aA]([2-8])", text)
+        if not match:
+            raise UsageError(
+                f"bits {text!r} is not of the form w4a4, with 2 to 8 bits for weights and "
+                "activations."
+            )
+        return cls(weights=int(match[1]), activations=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+
+def to_bits(value: object) -> object:
+    """Read bits from text; leave what is not text to validation."""
+    return value if isinstance(value, (dict, Bits)) else Bits.parse(str(value))
+
+
+class Override(Part):
+    """Bits for the layers whose path matches a glob; the last match wins."""
+
+    match: str
+    """Glob on module paths, e.g. ``*.identity_conv.*``."""
+    weights: int | None = Field(default=None, ge=2, le=8)
+    activations: int | None = Field(default=None, ge=2, le=8)
+    """Bits of the tensor that the layer reads."""
+
+
+class GenieSynthesis(Part):
+    """GENIE-D (arXiv 2212.04780, section 4.1): how calibration images are made."""
+
+    method: Literal["genie"] = "genie"
+    images: int = Field(default=1024, ge=1)
+    """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
+    batch: int = Field(default=128, ge=2)
+    """Images that share a generator and batch statistics."""
+    steps: int = Field(default=4000, ge=1)
+    """Optimisation steps per batch."""
+    latent: int = Field(default=256, ge=1)
+    """Length of each image's latent vector."""
+    latent_lr: float = Field(default=0.1, gt=0)
+    generator_lr: float = Field(default=0.01, gt=0)
+    generator_decay: float = Field(default=0.95, gt=0, le=1)
+    """Factor on the generator's rate every ``decay_every`` steps."""
+    decay_every: int = Field(default=100, ge=1)
+    plateau_patience: int = Field(default=100, ge=1)
+    """Steps without a relatively 1e-4 better loss before the latents' rate falls to a tenth."""
+    swing: bool = True
+    """Shift the input of strided convolutions at random (swing convolution)."""
+
+
+class GeneratorSynthesis(Part):
+    """A conditional generator that learns from the teacher (GDFQ, Qimera, AutoReCon).
+
+    Fine-tuning goes on training it: every batch that the student sees is new.
+    """
+
+    method: Literal["generator"] = "generator"
+    generator: Literal["gdfq", "qimera", "autorecon"] = "gdfq"
+    images: int = Field(default=1024, ge=1)
+    """Images that are drawn from the finished generator and kept with the run."""
+    steps: int = Field(default=800, ge=0)
+    """Warm-up: steps of the generator before the student starts to learn."""
+    batch: int = Field(default=200, ge=2)
+    """Images per step, of generator and student."""
+    latent: int | None = Field(default=100, ge=1)
+    """Length of the noise; None: of the teacher's last feature (Qimera)."""
+    conditional: bool = False
+    """The class enters through conditional batch norms (ImageNet) instead of an embedding."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Rate of Adam; divided by ten wherever the student's is."""
+    statistics_weight: float = Field(default=0.1, ge=0)
+    """Weight of the batch norm distance beside the cross-entropy."""
+    superpose: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a batch is made of mixtures of classes (Qimera)."""
+    mixed: int = Field(default=2, ge=1)
+    """Classes per mixture."""
+    embedding: Literal["random", "classifier"] = "random"
+    """Where the label embedding starts: at random, or at the rows of the teacher's classifier."""
+    disentangle: int | None = Field(default=None, ge=1)
+    """Width of the linear map on the embedding (disentanglement mapping); None: no map."""
+    norm_as_released: bool = False
+    """Normalise mixtures as Qimera's public code does, over the batch and divided by their number."""
+    architecture: str = "published"
+    """AutoReCon's cells: ``published``, ``search``, or a file that a search saved."""
+    search_steps: int = Field(default=20000, ge=1)
+    """Steps of a search, where one is asked for."""
+
+
+class Calibration(Part):
+    """How first activation steps are chosen; whatever tunes, edges that export adds need it too."""
+
+    power: float = Field(default=2.4, gt=0)
+    """Exponent of the error that chooses initial steps."""
+    asymmetric: bool = True
+    """Let two-sided activations have an off-centre zero point."""
+    calibration_images: int = Field(default=256, ge=1)
+    """Images that choose the first activation steps."""
+
+
+class Reconstruction(Calibration):
+    """GENIE-M (arXiv 2212.04780, section 4.2) and, as settings, AdaRound, BRECQ and QDrop."""
+
+    method: Literal["reconstruct"] = "reconstruct"
+    steps: int = Field(default=20000, ge=0)
+    """Steps per reconstruction unit; 0 rounds to nearest."""
+    batch: int = Field(default=32, ge=1)
+    unit: Literal["block", "layer"] = "block"
+    """What is reconstructed at a time: blocks found on the graph, or single layers."""
+    drop: float = Field(default=0.5, ge=0, le=1)
+    """Probability that an activation passes through unquantized (QDrop)."""
+    mix: float = Field(default=0.5, ge=0, le=1)
+    """Share of a unit's input elements that come from the quantized network, not the teacher."""
+    quantize_activations: Literal["together", "after"] = "together"
+    """Quantize activations while weights are tuned, or in a pass of its own after it (BRECQ)."""
+    activation_steps: int = Field(default=0, ge=0)
+    """Steps per unit of that pass; 0 calibrates the activation steps and leaves them."""
+    loss_power: float = Field(default=2.0, gt=0)
+    """Exponent of the reconstruction error."""
+    learn_weight_scale: bool = True
+    learn_activation_scale: bool = True
+    scale_lr: float = Field(default=5e-3, gt=0)
+    """Rate of the weight steps; relative to the step where ``log_scale``."""
+    activation_lr: float = Field(default=1e-3, gt=0)
+    """Rate of the activation steps; relative to the step where ``log_scale``."""
+    bias_lr: float = Field(default=0.0, ge=0)
+    """Rate of the biases; 0 keeps the teacher's."""
+    log_scale: bool = True
+    """Learn steps by their logarithm: the same relative speed in every layer."""
+    rounding_lr: float | None = Field(default=None, gt=0)
+    """Rate of the soft bits; None: 20 / steps, at most 0.1, so that short runs can decide them too (the
+    published 1e-3 at 20,000 steps)."""
+    rounding_weight: float = Field(default=1.0, ge=0)
+    """Lambda: weight of the regulariser that decides the soft bits."""
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the steps before the regulariser starts."""
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+
+
+class Losses(Part):
+    """Weights of the terms that the student learns from; 0 leaves a term out."""
+
+    kl: float = Field(default=1.0, ge=0)
+    """Kullback-Leibler divergence from teacher to student at `Finetuning.temperature`."""
+    ce: float = Field(default=1.0, ge=0)
+    """Cross-entropy with the labels that the images were made for."""
+
+
+class Inundation(Part):
+    """Gradient inundation (AIT, arXiv 2203.17008): scale steps until enough integers change."""
+
+    target: float = Field(default=1e-3, ge=0, le=1)
+    """Share of a layer's integer weights that each step must change."""
+    grid: Literal["frozen", "moving"] = "frozen"
+    """Count changes on the grid before the step (closed form), or on the moved one (published search)."""
+    guarantee: bool = True
+    """With a moving grid: end the search on the side that reaches the target."""
+    first_steps: int = Field(default=200, ge=0)
+    """Steps at the start in which multipliers are at most `first_cap`."""
+    first_cap: float = Field(default=128.0, ge=1)
+    cap: float = Field(default=65536.0, ge=1)
+    """Largest multiplier."""
+
+
+class Finetuning(Calibration):
+    """A student that learns end to end from images and the teacher's logits.
+
+    Batch norm statistics stay the teacher's; weights, biases, gamma and beta learn.
+    """
+
+    method: Literal["finetune"] = "finetune"
+    steps: int = Field(default=79200, ge=0)
+    """Steps of the student."""
+    batch: int = Field(default=200, ge=1)
+    """Images per step where they are given; a generator has a batch of its own."""
+    range_steps: int = Field(default=100, ge=1)
+    """Steps that track activation ranges: the last ones of the warm-up, frozen after."""
+    range_decay: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running ranges."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Rate of SGD."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Shares of all steps, warm-up included, after which rates and targets fall."""
+    decay: float = Field(default=0.1, gt=0, le=1)
+    """Factor on rates and on the inundation target at each milestone."""
+    losses: Losses = Losses()
+    temperature: float = Field(default=20.0, gt=0)
+    kl_mean: Literal["element", "sample"] = "element"
+    """Average the divergence over images and classes, as published, or over images only."""
+    inundation: Inundation | None = None
+
+
+def _with_method(default: str) -> Callable[[object], object]:
+    """Let settings that do not name their method mean the default one."""
+
+    def fill(value: object) -> object:
+        return {"method": default, **value} if isinstance(value, dict) else value
+
+    return fill
+
+
+Synthesis = Annotated[
+    Annotated[GenieSynthesis | GeneratorSynthesis, Field(discriminator="method")],
+    BeforeValidator(_with_method("genie")),
+]
+Tuning = Annotated[
+    Annotated[Reconstruction | Finetuning, Field(discriminator="method")],
+    BeforeValidator(_with_method("reconstruct")),
+]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a run: where its images come from, and what the student does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from zsq.config import Finetuning, GeneratorSynthesis, Recipe, load_recipe
+from zsq.evaluation.folder import load_images, open_folder
+from zsq.runtime.context import Context
+from zsq.runtime.seeds import seeded
+from zsq.student import Student, attach
+from zsq.synthesis.batches import FixedImages
+from zsq.synthesis.genie import predict, synthesize_genie
+from zsq.synthesis.images import ImageSet
+from zsq.synthesis.learner import GeneratorLearner, synthesize_with_generator
+from zsq.teacher.equalize import equalized
+from zsq.teacher.teacher import Teacher
+from zsq.tuning.finetune import finetune
+from zsq.tuning.reconstruct import reconstruct
+
+Images = ImageSet | Tensor | str | Path | None
+
+
+def synthesize(
+    teacher: Teacher, recipe: Recipe | str = "genie", *, context: Context | None = None
+) -> ImageSet:
+    """Make images from a teacher's batch norm statistics.
+
+    Args:
+        teacher: from `load_teacher`.
+        recipe: its ``synthesis`` part says how and how many.
+        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
+
+    Raises:
+        UsageError: the teacher has no batch norm with running statistics.
+        RunError: the loss became NaN.
+    """
+    settings, context = load_recipe(recipe).synthesis, context or Context()
+    if isinstance(settings, GeneratorSynthesis):
+        return synthesize_with_generator(teacher, settings, context)
+    return synthesize_genie(teacher, settings, context)
+
+
+def tune(
+    teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
+) -> Student:
+    """Tune a student on images with its recipe's tuner; return it frozen on integers."""
+    settings, context = student.recipe.tuning, context or Context()
+    if not isinstance(settings, Finetuning):
+        return reconstruct(teacher, student, images, context)
+    images.check(student.info.input_shape)
+
+    def fixed(steps: int) -> FixedImages:
+        return FixedImages(teacher, images, settings.batch, settings.range_steps, context)
+
+    return finetune(student, fixed, context)[0]
+
+
+def tune_with_generator(
+    teacher: Teacher, student: Student, *, context: Context | None = None
+) -> tuple[Student, ImageSet]:
+    """Fine-tune a student on the images of a generator that learns with it.
+
+    Returns:
+        The student, frozen on integers, and images of the generator as it ended.
+
+    Raises:
+        UsageError: the teacher has no batch norm with running statistics.
+        RunError: a loss became NaN.
+    """
+    context = context or Context()
+    settings = student.recipe.synthesis
+    assert isinstance(settings, GeneratorSynthesis)
+
+    def learning(steps: int) -> GeneratorLearner:
+        return GeneratorLearner(teacher, settings, context, settings.steps + steps)
+
+    student, source = finetune(student, learning, context)
+    with seeded(context.seed, "kept images"):
+        return student, cast(GeneratorLearner, source).draw(settings.images)
+
+
+def produce(
+    teacher: Teacher, recipe: Recipe, images: Images, context: Context
+) -> tuple[Student, ImageSet]:
+    """Return the tuned student and the images it was tuned on."""
+    if learns_together(recipe, images):
+        return tune_with_generator(teacher, attach(teacher, recipe), context=context)
+    chosen = choose_images(teacher, recipe, images, context)
+    return tuned(teacher, recipe, chosen, context), chosen
+
+
+def learns_together(recipe: Recipe, images: Images) -> bool:
+    """Whether the images of a run come from a generator that learns with the student."""
+    return (
+        images is None
+        and isinstance(recipe.synthesis, GeneratorSynthesis)
+        and isinstance(recipe.tuning, Finetuning)
+    )
+
+
+def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
+    """Fold and equalize, quantize, tune."""
+    if recipe.fold_batch_norm or recipe.protocol == "integer":
+        sample = images.images[: recipe.tuning.calibration_images]
+        teacher = equalized(teacher, sample, recipe.equalize)
+    return tune(teacher, attach(teacher, recipe), images, context=context)
+
+
+def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:
+    """Return the images to tune with: given, read from a folder, or synthesised."""
+    info = teacher.info
+    if isinstance(images, ImageSet):
+        return images.check(info.input_shape)
+    if isinstance(images, Tensor):
+        given = ImageSet(
+            images.float(), torch.zeros(len(images), dtype=torch.long), {"method": "given"}
+        )
+        given.check(info.input_shape)
+        return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
+    if images is not None:
+        opened = open_folder(
+            images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
+        )
+        pixels, labels = load_images(
+            opened, min(recipe.synthesis.images, len(opened)), context.seed
+        )
+        provenance: dict[str, object] = {
+            "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
+        }  # fmt: skip
+        return ImageSet(pixels, labels, provenance).check(info.input_shape)
+    return synthesize(teacher, recipe, context=context)

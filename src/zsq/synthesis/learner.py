@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conditional generator that learns from the teacher, one step for every batch that it gives.
+
+GDFQ (arXiv 2003.03603), Qimera (arXiv 2111.02625) and AutoReCon (arXiv 2105.12151) share this loop
+and differ in the generator and in the labels that it is asked for. The generator learns to make
+images that the teacher puts into the class asked for and whose batch statistics are those that the
+teacher's batch norms remember. One pass of the teacher serves the generator's loss and, as the
+distillation target, the student: it sees the images made *before* this step's update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zsq.config import GeneratorSynthesis
+from zsq.errors import RunError
+from zsq.functional.generator_loss import soft_cross_entropy, variance_distance
+from zsq.runtime.context import Context
+from zsq.runtime.optimizers import optimizer_state, restore_optimizer
+from zsq.runtime.policy import Compiled
+from zsq.runtime.seeds import seeded
+from zsq.synthesis.batches import Batch
+from zsq.synthesis.generators import build_generator
+from zsq.synthesis.genie import MIN_STEPS_TO_COMPILE, predict
+from zsq.synthesis.images import ImageSet
+from zsq.synthesis.labels import Labels, plain_labels, superposed_labels
+from zsq.teacher.taps import tap_batch_norms
+from zsq.teacher.teacher import Teacher
+
+#: Momenta of Adam, as in all three papers.
+BETAS = (0.5, 0.999)
+#: Steps between two looks for NaN.
+CHECK_EVERY = 50
+
+
+@dataclass
+class _Objective:
+    """The generator's loss as one function of tensors that a compiler can take whole."""
+
+    generator: nn.Module
+    tapped: nn.Module
+    means: list[Tensor]
+    variances: list[Tensor]
+    weight: float
+    context: Context
+
+    def __call__(
+        self, noise: Tensor, classes: Tensor, weights: Tensor, soft: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return loss, images, logits, cross-entropy and batch norm distance."""
+        with self.context.policy.autocast():
+            images = self.generator(noise, classes, weights)
+            logits, inputs = self.tapped(images)
+        entropy = soft_cross_entropy(logits, soft)
+        distance = variance_distance(inputs, self.means, self.variances)
+        return entropy + self.weight * distance, images, logits.float(), entropy, distance
+
+
+class GeneratorLearner:
+    """A generator and its optimiser: an `ImageSource` that learns.
+
+    Args:
+        teacher: must have batch norms with running statistics.
+        settings: of the recipe.
+        context: device, precision, compilation. Weights are drawn from torch's generator.
+        steps: how often `next` will be called; short runs are not compiled.
+
+    Attributes:
+        generator: the network that makes the images.
+        warmup: batches to let pass before a student learns.
+    """
+
+    def __init__(
+        self, teacher: Teacher, settings: GeneratorSynthesis, context: Context, steps: int
+    ) -> None:
+        policy = context.policy
+        self.teacher, self.settings, self.context = teacher, settings, context
+        self.warmup = settings.steps
+        tapped, targets = tap_batch_norms(teacher.network, logits=True)
+        with torch.no_grad():
+            self.classes = teacher(torch.zeros(1, *teacher.info.input_shape)).shape[1]
+        self.generator = policy.place(build_generator(teacher, settings, self.classes, context))
+        objective = _Objective(
+            self.generator, policy.place(tapped),
+            [target.mean.to(policy.device) for target in targets],
+            [target.variance.to(policy.device) for target in targets],
+            settings.statistics_weight, context,
+        )  # fmt: skip
+        worth = policy.compile and steps >= MIN_STEPS_TO_COMPILE
+        self.objective = Compiled(objective, enabled=worth, note=context.reporter.note)
+        self.rate = torch.tensor(settings.lr, device=policy.device)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=self.rate, betas=BETAS, fused=True
+        )
+
+    def draw_labels(self) -> Labels:
+        """Draw what the next batch shows: classes, or mixtures of them for the whole batch."""
+        settings, device = self.settings, self.context.policy.device
+        if settings.superpose > 0 and float(torch.rand(())) < settings.superpose:
+            return superposed_labels(settings.batch, self.classes, settings.mixed, device)
+        return plain_labels(settings.batch, self.classes, device)
+
+    def next(self, rate: float) -> Batch:
+        """Make a batch, and one step at ``rate`` times the generator's own rate."""
+        labels = self.draw_labels()
+        noise = self.generator.draw_noise(labels)  # type: ignore[operator]
+        soft = labels.soft(self.classes)
+        loss, images, logits, entropy, distance = self.objective(
+            noise, labels.classes, labels.weights, soft
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.rate.fill_(self.settings.lr * rate)
+        self.optimizer.step()
+        terms = {"generator_ce": entropy.detach(), "generator_bns": distance.detach()}
+        return Batch(images.detach(), logits.detach(), soft, terms)
+
+    @torch.no_grad()
+    def draw(self, count: int) -> ImageSet:
+        """Return ``count`` images of the generator as it is; labels are the teacher's predictions."""
+        settings = self.settings
+        made = []
+        for _ in range(math.ceil(count / settings.batch)):
+            labels = plain_labels(settings.batch, self.classes, self.context.policy.device)
+            noise = self.generator.draw_noise(labels)  # type: ignore[operator]
+            with self.context.policy.autocast():
+                images = self.generator(noise, labels.classes, labels.weights)
+            made.append(images.float().cpu().contiguous())
+        images = torch.cat(made)[:count]
+        provenance: dict[str, object] = {
+            "method": settings.generator, "settings": settings.model_dump(mode="json"),
+            "seed": self.context.seed, "model": self.teacher.info.reference, "synthetic": True,
+        }  # fmt: skip
+        return ImageSet(images, predict(self.teacher, images, self.context), provenance)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return generator and optimiser as named tensors."""
+        weights = {f"weights.{k}": v for k, v in self.generator.state_dict().items()}
+        return weights | optimizer_state(self.optimizer, "adam")
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        weights = {
+            k.removeprefix("weights."): v for k, v in state.items() if k.startswith("weights.")
+        }
+        self.generator.load_state_dict(weights)
+        restore_optimizer(self.optimizer, "adam", state)
+
+
+def synthesize_with_generator(
+    teacher: Teacher, settings: GeneratorSynthesis, context: Context
+) -> ImageSet:
+    """Train a generator for its warm-up alone and draw images from it.
+
+    Args:
+        teacher: must have batch norms with running statistics.
+        settings: of the recipe; its ``steps`` are all the training there is.
+        context: seed, device, progress.
+
+    Raises:
+        UsageError: no batch norm has running statistics.
+        RunError: the loss became NaN.
+    """
+    with seeded(context.seed, "generator"):
+        learner = GeneratorLearner(teacher, settings, context, settings.steps)
+        title = f"training the generator ({settings.generator})"
+        with context.reporter.task(title, settings.steps) as task:
+            for step in range(settings.steps):
+                terms = learner.next(1.0).terms
+                if step % CHECK_EVERY == 0 or step == settings.steps - 1:
+                    record_terms(context, "synthesis", step, terms)
+                task.advance(1, loss=terms["generator_bns"])
+        return learner.draw(settings.images)
+
+
+def record_terms(
+    context: Context, stage: str, step: int, terms: dict[str, Tensor], **values: object
+) -> None:
+    """Record loss terms with one read of the device; stop at NaN.
+
+    Raises:
+        RunError: a term is not finite.
+    """
+    names = list(terms)
+    read = torch.stack([terms[name].float() for name in names]).tolist() if names else []
+    for name, value in zip(names, read, strict=True):
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss term {name!r} became {value} at step {step} of {stage}. Lower "
+                "synthesis.lr or tuning.lr with --set, or try --precision fp32."
+            )
+    context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searching a generator's architecture for a teacher (AutoReCon, arXiv 2105.12151).
+
+The published code holds the architectures that were found, not the search. This one follows the
+paper's description with the usual means of differentiable search: every edge of a super-network has
+logits over its choices; a hard sample of the Gumbel-softmax says which one is computed, and the
+logits get their gradient straight through it. Weights and logits learn in turns, on the loss that the
+generator is later trained with. The choices with the largest logits are the result.
+
+Only the sampled choice of an edge is computed: the gradient of its logits then rests on that choice's
+output alone, which is far cheaper than running all of them and as unbiased over samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gumbel_softmax
+
+from zsq.errors import RunError
+from zsq.functional.generator_loss import soft_cross_entropy, variance_distance
+from zsq.runtime.context import Context
+from zsq.runtime.seeds import seeded
+from zsq.synthesis.architecture import CROSSES, OPERATIONS, UPS, Architecture, Cell
+from zsq.synthesis.autorecon import AutoReconGenerator, Edge
+from zsq.synthesis.labels import plain_labels
+from zsq.teacher.taps import tap_batch_norms
+from zsq.teacher.teacher import Teacher
+
+#: Steps between two records of the loss, and between two looks for NaN.
+RECORD_EVERY = 50
+_BLANK = Cell(("N", "N"), ("s",) * 5, ("0",) * 6)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how to search.
+
+    Attributes:
+        steps: of the weights; the logits make as many after the warm-up.
+        warmup: share of the steps before the logits learn.
+        batch: images per step.
+        weight_lr: of Adam on the weights.
+        logit_lr: of Adam on the logits.
+        statistics_weight: of the batch norm distance beside the cross-entropy.
+        hot, cold: temperature of the Gumbel-softmax at the start and at the end.
+    """
+
+    steps: int = 20000
+    warmup: float = 0.1
+    batch: int = 200
+    weight_lr: float = 1e-3
+    logit_lr: float = 3e-3
+    statistics_weight: float = 0.1
+    hot: float = 5.0
+    cold: float = 0.5
+
+
+class _Choice(nn.Module):
+    """An edge that is still open: one module per choice, and logits over them."""
+
+    def __init__(self, choices: Sequence[str], *, up: bool, classes: int, channels: int) -> None:
+        super().__init__()
+        self.choices = tuple(choices)
+        self.edges = nn.ModuleDict({
+            choice: Edge(choice, up=up, classes=classes, channels=channels)
+            for choice in choices if choice != "0"
+        })  # fmt: skip
+        self.logits = nn.Parameter(torch.zeros(len(choices)))
+        self.temperature = 1.0
+
+    def forward(self, x: Tensor, classes: Tensor, weights: Tensor) -> Tensor | None:
+        """Return the sampled choice's result, or None where it is "none"."""
+        sample = gumbel_softmax(self.logits, self.temperature, hard=True)
+        index = int(sample.argmax())
+        if self.choices[index] == "0":
+            return None
+        result: Tensor = self.edges[self.choices[index]](x, classes, weights)
+        return result * sample[index]
+
+    def best(self, but: str = "") -> str:
+        """Return the likeliest choice, other than ``but``."""
+        order: list[int] = self.logits.argsort(descending=True).tolist()
+        return next(self.choices[i] for i in order if self.choices[i] != but)
+
+
+class _OpenCell(nn.Module):
+    """A cell whose edges are all open; see `zsq.synthesis.autorecon.CellNetwork`."""
+
+    def __init__(self, classes: int, channels: int, crosses: int) -> None:
+        super().__init__()
+
+        def build(choices: Sequence[str], count: int, up: bool) -> nn.ModuleList:
+            return nn.ModuleList(
+                _Choice(choices, up=up, classes=classes, channels=channels) for _ in range(count)
+            )
+
+        self.ups = build(UPS, 2, True)
+        self.operations = build(OPERATIONS, 5, False)
+        self.crosses = build(CROSSES, crosses, True)
+
+    def forward(
+        self, x: Tensor, before: Sequence[Tensor | None], classes: Tensor, weights: Tensor
+    ) -> list[Tensor | None]:
+        nodes: list[Tensor | None] = [up(x, classes, weights) for up in self.ups]
+        for first_operation, sources, first_cross in ((0, 2, 0), (2, 3, 3)):
+            edges = [(self.operations[first_operation + i], nodes[i]) for i in range(sources)]
+            if len(self.crosses):
+                edges += [(self.crosses[first_cross + i], before[i]) for i in range(3)]
+            arriving = [
+                y for edge, node in edges
+                if node is not None and (y := edge(node, classes, weights)) is not None
+            ]  # fmt: skip
+            nodes.append(torch.stack(arriving).sum(0) if arriving else None)
+        if nodes[3] is None:  # a sample without a way through: let the first node stand in
+            nodes[3] = nodes[0]
+        return nodes
+
+    def best(self) -> Cell:
+        ups, operations, crosses = (
+            tuple(edge.best() for edge in edges if isinstance(edge, _Choice))
+            for edges in (self.ups, self.operations, self.crosses)
+        )
+        cell = Cell(ups, operations, crosses)
+        if cell.feeds(3):
+            return cell
+        first = self.operations[2]
+        assert isinstance(first, _Choice)
+        return Cell(ups, (*operations[:2], first.best(but="0"), *operations[3:]), crosses)
+
+
+class _SuperNetwork(AutoReconGenerator):
+    """The generator with every edge open."""
+
+    def __init__(self, classes: int, image_shape: tuple[int, ...]) -> None:
+        first = Cell(_BLANK.ups, _BLANK.operations)
+        super().__init__(Architecture((first, _BLANK, _BLANK)), classes, image_shape)
+
+    def _cell(self, cell: Cell, classes: int, channels: int) -> nn.Module:
+        return _OpenCell(classes, channels, len(cell.crosses))
+
+    def choices(self) -> list[_Choice]:
+        return [module for module in self.modules() if isinstance(module, _Choice)]
+
+    def best(self) -> Architecture:
+        first, second, third = (cell.best() for cell in self.cells)  # type: ignore[operator]
+        return Architecture.parse([str(first), str(second), str(third)])
+
+
+def search_architecture(
+    teacher: Teacher, settings: SearchSettings, context: Context
+) -> Architecture:
+    """Search a generator for a teacher.
+
+    Args:
+        teacher: must have batch norms with running statistics.
+        settings: how long.
+        context: seed, device, progress.
+
+    Raises:
+        UsageError: no batch norm has running statistics.
+        RunError: the loss became NaN.
+    """
+    with seeded(context.seed, "search"):
+        search = _Search(teacher, settings, context)
+        with context.reporter.task("searching a generator", settings.steps) as task:
+            for step in range(settings.steps):
+                loss = search.step(step)
+                if step % RECORD_EVERY == 0 or step == settings.steps - 1:
+                    _record(context, step, loss)
+                task.advance(1, loss=loss)
+        return search.network.best()
+
+
+class _Search:
+    def __init__(self, teacher: Teacher, settings: SearchSettings, context: Context) -> None:
+        policy = context.policy
+        self.settings, self.context = settings, context
+        tapped, targets = tap_batch_norms(teacher.network, logits=True)
+        self.tapped = policy.place(tapped)
+        self.means = [target.mean.to(policy.device) for target in targets]
+        self.variances = [target.variance.to(policy.device) for target in targets]
+        with torch.no_grad():
+            self.classes = teacher(torch.zeros(1, *teacher.info.input_shape)).shape[1]
+        self.network = policy.place(_SuperNetwork(self.classes, teacher.info.input_shape))
+        logits = [choice.logits for choice in self.network.choices()]
+        known = {id(parameter) for parameter in logits}
+        weights = [p for p in self.network.parameters() if id(p) not in known]
+        self.weight_rule = torch.optim.Adam(weights, lr=settings.weight_lr, betas=(0.5, 0.999))
+        self.logit_rule = torch.optim.Adam(logits, lr=settings.logit_lr, weight_decay=1e-3)
+
+    def step(self, step: int) -> Tensor:
+        """Make one step of the weights and, after the warm-up, one of the logits."""
+        settings = self.settings
+        share = step / max(settings.steps - 1, 1)
+        for choice in self.network.choices():
+            choice.temperature = settings.hot * (settings.cold / settings.hot) ** share
+        loss = self._descend(self.weight_rule)
+        if share >= settings.warmup:
+            self._descend(self.logit_rule)
+        return loss
+
+    def _descend(self, rule: torch.optim.Optimizer) -> Tensor:
+        policy = self.context.policy
+        labels = plain_labels(self.settings.batch, self.classes, policy.device)
+        noise = self.network.draw_noise(labels)
+        with policy.autocast():
+            logits, inputs = self.tapped(self.network(noise, labels.classes, labels.weights))
+        loss = soft_cross_entropy(logits, labels.soft(self.classes))
+        distance = variance_distance(inputs, self.means, self.variances)
+        loss = loss + self.settings.statistics_weight * distance
+        self.weight_rule.zero_grad()
+        self.logit_rule.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        rule.step()
+        return loss.detach()
+
+
+def _record(context: Context, step: int, loss: Tensor) -> None:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise RunError(
+            f"the loss of the architecture search became {value} at step {step}. Use the published "
+            "one with --set synthesis.architecture=published, or try --precision fp32."
+        )
+    context.record("search", step, loss=value)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: a student learns end to end from a stream of images and the teacher's logits.
+
+The images may come from a generator that is itself learning (GDFQ, Qimera, AutoReCon) or from a
+fixed set. First a warm-up, in which only the source moves; its last steps track the ranges of
+activations, which are frozen then. From there on master weights, biases, gamma and beta learn by
+SGD through the rounding (straight-through), while batch norms keep the teacher's statistics. With
+`inundation` in the recipe the step of every weight tensor is scaled until enough of its integers
+change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zsq.config import Finetuning
+from zsq.functional.generator_loss import soft_cross_entropy
+from zsq.functional.losses import kl_divergence
+from zsq.functional.schedules import milestone_factor
+from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
+from zsq.runtime.context import Context
+from zsq.runtime.optimizers import (
+    generator_states,
+    optimizer_state,
+    restore_generators,
+    restore_optimizer,
+)
+from zsq.runtime.policy import Compiled
+from zsq.runtime.seeds import seeded
+from zsq.student import Student
+from zsq.synthesis.batches import Batch, ImageSource
+from zsq.synthesis.genie import MIN_STEPS_TO_COMPILE
+from zsq.synthesis.learner import record_terms
+from zsq.tuning.inundation import InundatedSGD
+
+#: Steps between two records, and so between two reads of the device.
+RECORD_EVERY = 50
+#: Steps between two checkpoints.
+CHECKPOINT_EVERY = 200
+
+#: The terms that a student can learn from: functions of its logits, the batch and the settings.
+TERMS: dict[str, Callable[[Tensor, Batch, Finetuning], Tensor]] = {
+    "kl": lambda outputs, batch, settings: kl_divergence(
+        outputs, batch.logits, settings.temperature, settings.kl_mean
+    ),
+    "ce": lambda outputs, batch, settings: soft_cross_entropy(outputs, batch.targets),
+}
+
+
+def finetune(
+    student: Student,
+    make_source: Callable[[int], ImageSource],
+    context: Context,
+) -> tuple[Student, ImageSource]:
+    """Let a student learn from a source of images.
+
+    Args:
+        student: from `zsq.student.attach`, unfrozen; tuned in place.
+        make_source: builds the source for a number of steps; drawn numbers, its initial weights
+            among them, come from the run's seed.
+        context: an interrupted run goes on from its checkpoint, with the same results.
+
+    Returns:
+        The student, frozen on integers, and the source as it ended.
+
+    Raises:
+        RunError: a loss became NaN.
+    """
+    settings = student.recipe.tuning
+    assert isinstance(settings, Finetuning)
+    with seeded(context.seed, "finetune"):
+        source = make_source(settings.steps)
+        loop = _Loop(student, source, settings, context)
+        total = source.warmup + settings.steps
+        start = loop.resume()
+        with context.reporter.task("fine-tuning", total, completed=start) as task:
+            for step in range(start, total):
+                task.advance(1, loss=loop.step(step))
+                if (step + 1) % CHECKPOINT_EVERY == 0 or step == total - 1:
+                    loop.save(step + 1)
+    return student.freeze(), source
+
+
+class _Loop:
+    """The state of a fine-tuning run."""
+
+    def __init__(
+        self, student: Student, source: ImageSource, settings: Finetuning, context: Context
+    ) -> None:
+        self.student, self.source = student, source
+        self.settings, self.context = settings, context
+        context.policy.place(student.network)
+        self.total = source.warmup + settings.steps
+        self.weights = {
+            path: layer.weight
+            for path, layer in student.layers().items()
+            if isinstance(layer.weight, MinMaxWeight)
+        }
+        self.ranges = [q for q in student.quantizers().values() if isinstance(q, TrackedActivation)]
+        self.rest = _other_parameters(student, self.weights)
+        rule = settings.inundation
+        self.weight_rule = InundatedSGD(
+            self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
+            grid=rule.grid if rule else "frozen", guarantee=rule.guarantee if rule else True,
+        )  # fmt: skip
+        self.rest_rule = torch.optim.SGD(
+            self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        worth = context.policy.compile and settings.steps >= MIN_STEPS_TO_COMPILE
+        self.loss = Compiled(self._loss, enabled=worth, note=context.reporter.note)
+
+    def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss and each of its terms."""
+        with self.context.policy.autocast():
+            outputs = self.student(images)
+        batch = Batch(images, logits, targets)
+        weights = self.settings.losses.model_dump()
+        terms = [w * TERMS[name](outputs, batch, self.settings) for name, w in weights.items() if w]
+        return torch.stack(terms).sum(), *terms
+
+    def step(self, step: int) -> Tensor:
+        """Make one step of the source, of the ranges or of the student; return a loss to show."""
+        factor = milestone_factor(step / self.total, self.settings.milestones, self.settings.decay)
+        batch = self.source.next(factor)
+        if step < self.source.warmup:
+            self._warm_up(batch, step)
+            terms: dict[str, Tensor] = {}
+        else:
+            terms = self._learn(batch, step - self.source.warmup, factor)
+        last = step == self.total - 1
+        if step % RECORD_EVERY == 0 or last:
+            self._record(step, batch.terms | terms)
+        return next(iter((terms | batch.terms).values()), torch.zeros(()))
+
+    @torch.no_grad()
+    def _warm_up(self, batch: Batch, step: int) -> None:
+        """Track ranges in the last steps of the warm-up; freeze them at its end."""
+        left = self.source.warmup - step
+        if left <= self.settings.range_steps:
+            for quantizer in self.ranges:
+                quantizer.enabled = quantizer.tracking = True
+            self.student(batch.images)
+        if left == 1:
+            for quantizer in self.ranges:
+                quantizer.tracking = False
+
+    def _learn(self, batch: Batch, step: int, factor: float) -> dict[str, Tensor]:
+        """Make one step of the student."""
+        loss, *terms = self.loss(batch.images, batch.logits, batch.targets)
+        self.rest_rule.zero_grad()
+        self.weight_rule.zero_grad()
+        loss.backward()
+        rate = self.settings.lr * factor
+        for group in self.rest_rule.param_groups:
+            group["lr"] = rate
+        self.rest_rule.step()
+        rule = self.settings.inundation
+        if rule is None:
+            self.weight_rule.step(rate)
+        else:
+            cap = rule.first_cap if step < rule.first_steps else rule.cap
+            self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
+        names = [name for name, weight in self.settings.losses.model_dump().items() if weight]
+        return dict(zip(names, (t.detach() for t in terms), strict=True))
+
+    def _record(self, step: int, terms: dict[str, Tensor]) -> None:
+        """Record loss terms and, once the student learns, what happened to each layer's integers."""
+        layers: dict[str, object] = {}
+        if step >= self.source.warmup:
+            names, rule = self.weight_rule.names, self.weight_rule
+            layers["changed"] = dict(zip(names, rule.shares.tolist(), strict=True))
+            layers["multiplier"] = dict(zip(names, rule.multipliers.tolist(), strict=True))
+        record_terms(self.context, "finetune", step, terms, **layers)
+
+    def save(self, done: int) -> None:
+        """Keep everything that the remaining steps depend on."""
+        parts: dict[str, dict[str, Tensor]] = {
+            "source": self.source.state(), "rule": self.weight_rule.state_dict(),
+            "random": generator_states(),
+            "weights": {path: weight.master for path, weight in self.weights.items()},
+            "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
+            "ranges": _flat({str(i): q.state_dict() for i, q in enumerate(self.ranges)}),
+        }  # fmt: skip
+        state = _flat(parts) | optimizer_state(self.rest_rule, "sgd")
+        self.context.checkpoints.save("finetune", state | {"done": torch.tensor(done)})
+        self.context.flush()
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Take over the last checkpoint, if there is one; return the number of steps done."""
+        state = self.context.checkpoints.load("finetune")
+        if state is None:
+            return 0
+        self.source.restore(_part(state, "source"))
+        self.weight_rule.load_state_dict(_part(state, "rule"))
+        restore_optimizer(self.rest_rule, "sgd", state)
+        for path, weight in self.weights.items():
+            weight.master.copy_(state[f"weights.{path}"])
+        for i, parameter in enumerate(self.rest):
+            parameter.copy_(state[f"rest.{i}"])
+        for i, quantizer in enumerate(self.ranges):
+            quantizer.load_state_dict(_part(state, f"ranges.{i}"))
+            quantizer.enabled = bool(quantizer.calibrated)
+        restore_generators(_part(state, "random"))
+        return int(state["done"])
+
+
+def _other_parameters(student: Student, weights: dict[str, MinMaxWeight]) -> list[Tensor]:
+    """Return what learns besides the quantized weights: biases, gamma and beta."""
+    masters = {id(weight.master) for weight in weights.values()}
+    fixed = {id(p) for q in student.quantizers().values() for p in q.parameters()}
+    found: list[Tensor] = []
+    for parameter in student.network.parameters():
+        parameter.requires_grad_(id(parameter) not in fixed)
+        if parameter.requires_grad and id(parameter) not in masters:
+            found.append(parameter)
+    return found
+
+
+def _flat(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name.removeprefix(start): t for name, t in state.items() if name.startswith(start)}

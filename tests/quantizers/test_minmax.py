@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Min-max quantizers: master weights and tracked activation ranges."""
+
+import pytest
+import torch
+
+from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation, straight_through
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_those_of_the_published_quantizer(bits):
+    """``s = (2^k - 1) / (hi - lo)``, ``z = round(s lo) + 2^(k-1)``, for channels of both signs."""
+    torch.manual_seed(0)
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    low, high = weight.flatten(1).amin(1), weight.flatten(1).amax(1)
+    shape = (-1, 1, 1, 1)
+    s = ((2**bits - 1) / (high - low)).reshape(shape)
+    z = torch.round(s * low.reshape(shape)) + 2 ** (bits - 1)
+    code = (s * weight - z).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    found = MinMaxWeight(weight, bits)
+    assert torch.allclose(found(), (code + z) / s)
+    assert torch.equal(found.codes(), (code + 2 ** (bits - 1)).to(torch.uint8))
+
+
+def test_one_sided_channels_keep_zero():
+    found = MinMaxWeight(torch.tensor([[0.5, 1.0], [-2.0, -1.0]]), 4)
+    assert found.zero_point.tolist() == [0.0, 15.0]
+    assert torch.allclose(found()[:, [1]][0], torch.tensor([1.0]))
+
+
+def test_the_gradient_passes_straight_through_and_the_grid_follows():
+    found = MinMaxWeight(torch.randn(4, 6), 3)
+    found().square().sum().backward()
+    assert torch.equal(found.master.grad, 2 * found().detach())
+    before = found.scale
+    with torch.no_grad():
+        found.master.mul_(2)
+    assert torch.allclose(found.scale, 2 * before)
+
+
+def test_frozen_weights_are_equal():
+    found = MinMaxWeight(torch.randn(4, 6), 4)
+    frozen = found.freeze()
+    assert torch.equal(frozen(), found().detach())
+    assert torch.equal(frozen.codes(), found.codes())
+
+
+def test_straight_through_also_where_clamped():
+    x = torch.tensor([-5.0, 0.1, 99.0], requires_grad=True)
+    straight_through(x, torch.tensor(1.0), torch.tensor(0.0), 15).sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def tracked(decay=0.9):
+    quantizer = TrackedActivation(4, decay=decay)
+    quantizer.tracking = True
+    return quantizer
+
+
+def test_ranges_are_exact_after_five_constant_batches():
+    quantizer = tracked()
+    for _ in range(5):
+        quantizer(torch.tensor([0.0, 0.25, 1.0]))
+        assert torch.allclose(quantizer.range(), torch.tensor([0.0, 1.0]), atol=1e-6)
+        assert float(quantizer.scale) == pytest.approx(1 / 15, rel=1e-5)
+
+
+def test_ranges_are_the_bias_corrected_average():
+    quantizer = tracked(0.8)
+    highs = [1.0, 3.0, 2.0, 5.0]
+    for high in highs:
+        quantizer(torch.tensor([-high / 2, high]))
+    weights = [0.2 * 0.8 ** (len(highs) - 1 - i) for i in range(len(highs))]
+    average = sum(w * h for w, h in zip(weights, highs, strict=True)) / sum(weights)
+    assert quantizer.range().tolist() == pytest.approx([-average / 2, average], rel=1e-5)
+    assert float(quantizer.zero_point) == 5.0
+
+
+def test_nothing_changes_once_tracking_ends():
+    quantizer = tracked()
+    quantizer(torch.rand(100))
+    quantizer.tracking = False
+    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    x = 7 * torch.rand(100)
+    x.requires_grad_()
+    quantizer(x).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+    assert x.grad.tolist() == [1.0] * 100
+    value = quantizer(x)
+    quantizer.settle()
+    assert torch.equal(quantizer(x), value)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator's loop and the sources of batches."""
+
+import pytest
+import torch
+from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
+from torch import nn
+
+from zsq.config import GeneratorSynthesis, load_recipe
+from zsq.errors import RunError, UsageError
+from zsq.runtime.context import Context
+from zsq.stages import synthesize
+from zsq.synthesis.batches import FixedImages
+from zsq.synthesis.images import ImageSet
+from zsq.synthesis.learner import GeneratorLearner
+from zsq.teacher.graph import build_network, export_module
+from zsq.teacher.teacher import ModelInfo, Teacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    network = build_network(export_module(with_own_statistics(Residual()), (3, 8, 8)))
+    return Teacher(network.requires_grad_(False), ModelInfo("residual", (3, 8, 8)))
+
+
+def learner(teacher, **settings):
+    torch.manual_seed(0)
+    return GeneratorLearner(teacher, GeneratorSynthesis(batch=16, **settings), Context(), 10)
+
+
+def test_the_student_sees_the_images_before_the_update(teacher):
+    source = learner(teacher)
+    before = {k: v.clone() for k, v in source.generator.state_dict().items()}
+    state = torch.get_rng_state()
+    batch = source.next(1.0)
+    after = source.generator.state_dict()
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    source.generator.load_state_dict(before)
+    torch.set_rng_state(state)
+    labels = source.draw_labels()
+    noise = source.generator.draw_noise(labels)
+    with torch.no_grad():
+        images = source.generator(noise, labels.classes, labels.weights)
+        logits = teacher(images)
+    assert torch.equal(batch.images, images)
+    assert torch.allclose(batch.logits, logits, atol=1e-4)
+    assert torch.equal(batch.targets, labels.soft(5))
+    assert not batch.images.requires_grad
+
+
+def test_a_generator_learns_classes_and_statistics(teacher):
+    source = learner(teacher, lr=5e-3)
+    first = source.next(1.0).terms
+    for _ in range(60):
+        last = source.next(1.0).terms
+    total = [float(t["generator_ce"] + 0.1 * t["generator_bns"]) for t in (first, last)]
+    assert total[1] < 0.8 * total[0]
+    assert float(last["generator_bns"]) < 0.7 * float(first["generator_bns"])
+
+
+def test_the_rate_follows_the_schedule(teacher):
+    source = learner(teacher)
+    before = {k: v.clone() for k, v in source.generator.state_dict().items()}
+    source.next(0.0)
+    assert all(torch.equal(v, before[k]) for k, v in source.generator.state_dict().items())
+
+
+def test_superposed_batches_come_as_often_as_asked(teacher):
+    for share in (0.0, 1.0):
+        source = learner(teacher, generator="qimera", latent=None, superpose=share, mixed=3)
+        widths = {source.draw_labels().classes.shape[1] for _ in range(20)}
+        assert widths == ({3} if share else {1})
+    source = learner(teacher, generator="qimera", latent=None, superpose=0.4, mixed=3)
+    drawn = [source.draw_labels().classes.shape[1] for _ in range(400)]
+    assert 0.3 < drawn.count(3) / 400 < 0.5
+
+
+def test_images_can_be_synthesised_alone(teacher):
+    recipe = load_recipe(
+        "gdfq", settings=["synthesis.steps=3", "synthesis.batch=8", "synthesis.images=11"]
+    )
+    first, again = synthesize(teacher, recipe), synthesize(teacher, recipe)
+    assert first.images.shape == (11, 3, 8, 8)
+    assert torch.equal(first.images, again.images)
+    with torch.no_grad():
+        assert torch.equal(first.labels, teacher(first.images).argmax(1))
+    assert first.provenance["method"] == "gdfq"
+
+
+def test_nan_is_named(teacher):
+    recipe = load_recipe(
+        "gdfq", settings=["synthesis.steps=60", "synthesis.batch=8", "synthesis.lr=1e38"]
+    )
+    with pytest.raises(RunError, match="generator_"):
+        synthesize(teacher, recipe)
+
+
+def test_a_network_without_batch_norms_is_refused():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 5))  # fmt: skip
+    one = Teacher(network_of(plain), ModelInfo("plain", (3, 8, 8)))
+    with pytest.raises(UsageError, match="no batch norm"):
+        synthesize(one, "gdfq")
+
+
+def test_fixed_batches_show_every_image_once_a_round(teacher):
+    images = ImageSet(smooth_images(12), torch.arange(12) % 5)
+    source = FixedImages(teacher, images, 5, 2, Context())
+    seen = torch.cat([source.next(1.0).images for _ in range(12)])
+    assert len(seen) == 60
+    counts = [int((seen == image).flatten(1).all(1).sum()) for image in images.images]
+    assert counts == [5] * 12
+    batch = source.next(1.0)
+    with torch.no_grad():
+        assert torch.allclose(batch.logits, teacher(batch.images), atol=1e-4)
+    assert batch.targets.sum(1).tolist() == [1.0] * 5

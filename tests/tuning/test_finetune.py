@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning on images, fixed or from a generator that learns with the student."""
+
+import json
+
+import pytest
+import torch
+from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
+
+from zsq.config import Recipe, load_recipe
+from zsq.errors import RunError
+from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
+from zsq.runtime.checkpoints import Checkpoints
+from zsq.runtime.context import Context
+from zsq.runtime.metrics import MetricsLog, read_metrics
+from zsq.stages import tune, tune_with_generator
+from zsq.student import attach
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.fold import module_of
+from zsq.teacher.graph import build_network, export_module
+from zsq.teacher.layers import BatchNorm
+from zsq.teacher.teacher import ModelInfo, Teacher
+from zsq.tuning import finetune as module
+
+SMALL = [
+    "synthesis.steps=6", "synthesis.batch=8", "synthesis.images=10", "tuning.steps=6",
+    "tuning.range_steps=3", "tuning.batch=8", "tuning.lr=0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    network = build_network(export_module(with_own_statistics(Residual()), (3, 8, 8)))
+    return Teacher(network.requires_grad_(False), ModelInfo("residual", (3, 8, 8)))
+
+
+def recipe(name="gdfq+ait", *settings, bits="w4a4"):
+    return load_recipe(name, bits=bits, settings=[*SMALL, *settings])
+
+
+def weights_of(student):
+    return {k: v.clone() for k, v in student.network.state_dict().items()}
+
+
+def real(teacher, count=24):
+    images = smooth_images(count)
+    with torch.no_grad():
+        return ImageSet(images, teacher(images).argmax(1))
+
+
+@pytest.mark.parametrize("name", ["gdfq", "gdfq+ait", "qimera", "qimera+ait", "autorecon+ait",
+                                  "qimera-reference", "ait-reference"])  # fmt: skip
+def test_every_recipe_runs_and_leaves_the_teacher_alone(teacher, name):
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    student, images = tune_with_generator(teacher, attach(teacher, recipe(name)))
+    assert len(images) == 10
+    assert images.images.isfinite().all()
+    assert student(images.images).isfinite().all()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+    assert all(p.grad is None for p in teacher.network.parameters())
+
+
+def test_batch_norms_keep_their_statistics_and_learn_the_rest(teacher):
+    student, _ = tune_with_generator(teacher, attach(teacher, recipe("gdfq")))
+    for node in teacher.network.graph.nodes:
+        theirs = module_of(teacher.network, node)
+        if isinstance(theirs, BatchNorm):
+            ours = student.network.get_submodule(str(node.target))
+            assert torch.equal(ours.running_mean, theirs.running_mean)
+            assert torch.equal(ours.running_var, theirs.running_var)
+            assert not torch.equal(ours.weight, theirs.weight)
+            assert not torch.equal(ours.bias, theirs.bias)
+
+
+def test_activations_are_quantized_after_clamps_only(teacher):
+    student = attach(teacher, recipe())
+    assert all(isinstance(q, TrackedActivation) for q in student.quantizers().values())
+    assert {n.split("_")[0] for n in student.quantizers()} == {"relu"}
+    assert all(isinstance(x.weight, MinMaxWeight) for x in student.layers().values())
+    assert {x.bits for x in student.layers().values()} == {4}
+
+
+def test_ranges_come_from_the_last_warm_up_steps_and_then_stand_still(teacher, monkeypatch):
+    student = attach(teacher, recipe("gdfq"))
+    tracked, steps = [], []
+    track = TrackedActivation.track
+
+    def spy(self, x):
+        tracked.append(len(steps))
+        track(self, x)
+
+    learn = module._Loop.step
+
+    def count(self, step):
+        result = learn(self, step)
+        steps.append(step)
+        return result
+
+    monkeypatch.setattr(TrackedActivation, "track", spy)
+    monkeypatch.setattr(module._Loop, "step", count)
+    tune_with_generator(teacher, student)
+    assert set(tracked) == {3, 4, 5}, "three of the six warm-up steps, none of the student's"
+
+
+def test_evaluation_changes_nothing(teacher):
+    student, images = tune_with_generator(teacher, attach(teacher, recipe()))
+    before = weights_of(student)
+    first = student(images.images)
+    student(7 * images.images)
+    assert torch.equal(student(images.images), first)
+    assert all(torch.equal(v, before[k]) for k, v in student.network.state_dict().items())
+
+
+def test_a_student_of_eight_bits_stays_with_its_teacher(teacher):
+    images = real(teacher, 64)
+    student = attach(teacher, recipe("gdfq", "tuning.lr=1e-4", bits="w8a8"))
+    student = tune(teacher, student, images)
+    with torch.no_grad():
+        assert (student(images.images).argmax(1) == images.labels).float().mean() >= 0.95
+
+
+def test_learning_lowers_the_divergence(teacher):
+    images = real(teacher, 64)
+    wanted = teacher(images.images).log_softmax(1)
+    found = []
+    for steps in (0, 150):
+        one = recipe("gdfq", f"tuning.steps={steps}", "tuning.losses.ce=0", "tuning.kl_mean=sample",
+                     "tuning.batch=32", "tuning.weight_decay=0", bits="w2a4")  # fmt: skip
+        student = tune(teacher, attach(teacher, one), images)
+        gap = wanted.exp() * (wanted - student(images.images).log_softmax(1))
+        found.append(float(gap.sum(1).mean()))
+    assert found[1] < 0.7 * found[0]
+
+
+def test_the_loss_is_made_of_the_named_terms(teacher, tmp_path):
+    for ce in (0, 2):
+        path = tmp_path / f"{ce}.jsonl"
+        with MetricsLog(path) as metrics:
+            one = recipe("gdfq", f"tuning.losses.ce={ce}")
+            tune_with_generator(teacher, attach(teacher, one), context=Context(metrics=metrics))
+        last = read_metrics(path)[-1]
+        assert last["step"] == 11
+        assert ("ce" in last) == bool(ce)
+        assert {"kl", "generator_ce", "generator_bns", "changed", "multiplier"} <= set(last)
+        assert set(last["changed"]) == set(attach(teacher, one).layers())
+
+
+def test_inundation_moves_more_integers(teacher):
+    frozen = {}
+    for target in (0.0, 0.05):
+        settings = [f"tuning.inundation.target={target}", "tuning.lr=1e-6", "tuning.milestones=[]",
+                    "tuning.inundation.first_steps=0"]  # fmt: skip
+        student, _ = tune_with_generator(teacher, attach(teacher, recipe("gdfq+ait", *settings)))
+        frozen[target] = student.layers()
+    start = attach(teacher, recipe()).freeze().layers()
+    moved = {
+        target: sum(int((layer.frozen.integers != start[n].frozen.integers).sum())
+                    for n, layer in layers.items()) for target, layers in frozen.items()
+    }  # fmt: skip
+    assert moved[0.05] > 20 * max(moved[0.0], 1)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["gdfq+ait", "qimera"])
+@pytest.mark.parametrize("after", [2, 4, 6, 9])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    teacher, tmp_path, monkeypatch, name, after
+):
+    """In the warm-up, while ranges are tracked, at its end, and in training."""
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 1)
+    whole, images = tune_with_generator(teacher, attach(teacher, recipe(name)))
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    save = module._Loop.save
+
+    def stop(self, done):
+        save(self, done)
+        if done == after:
+            raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Loop, "save", stop)
+        with pytest.raises(StopError):
+            tune_with_generator(teacher, attach(teacher, recipe(name)), context=context)
+    torch.randn(7)  # the outer stream may be anywhere
+    again, same = tune_with_generator(teacher, attach(teacher, recipe(name)), context=context)
+    assert torch.equal(same.images, images.images)
+    expected, found = whole.network.state_dict(), again.network.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    images = real(teacher)
+    whole = tune(teacher, attach(teacher, recipe()), images)
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    save = module._Loop.save
+
+    def stop(self, done):
+        save(self, done)
+        if done == 4:
+            raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Loop, "save", stop)
+        with pytest.raises(StopError):
+            tune(teacher, attach(teacher, recipe()), images, context=context)
+    again = tune(teacher, attach(teacher, recipe()), images, context=context)
+    assert all(
+        torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items()
+    )
+
+
+def test_nan_stops_with_the_term_and_the_step(teacher):
+    broken = ImageSet(torch.full((8, 3, 8, 8), 3e38), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(RunError, match=r"step \d+ of finetune"):
+        tune(teacher, attach(teacher, recipe()), broken)
+
+
+def test_a_network_without_clamps_or_batch_norms_in_places_still_tunes():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.SiLU(),
+        torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU6(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 5),
+    )  # fmt: skip
+    one = Teacher(network_of(net).requires_grad_(False), ModelInfo("mixed", (3, 8, 8)))
+    student, _ = tune_with_generator(one, attach(one, recipe()))
+    assert set(student.quantizers()) == {"hardtanh_default"} or len(student.quantizers()) == 1
+
+
+def test_the_ait_recipes_differ_from_their_hosts_by_the_ait_lines_only():
+    for host in ("gdfq", "qimera", "autorecon"):
+        plain = json.loads(load_recipe(host).model_dump_json())
+        ait = json.loads(load_recipe(f"{host}+ait").model_dump_json())
+        differing = {k for k in plain if plain[k] != ait[k]}
+        assert differing <= {"name", "title", "paper", "tuning", "large"}
+        tuning = {k for k in plain["tuning"] if plain["tuning"][k] != ait["tuning"][k]}
+        assert tuning == {"losses", "weight_decay", "inundation"}
+    assert load_recipe("ait").tuning == load_recipe("gdfq+ait").tuning
+
+
+def test_large_images_get_the_published_imagenet_settings():
+    small, large = load_recipe("gdfq+ait"), load_recipe("gdfq+ait", large=True)
+    assert (small.synthesis.conditional, large.synthesis.conditional) == (False, True)
+    assert large.tuning.inundation.target == 1e-4
+    assert load_recipe("gdfq", large=True).tuning.lr == 1e-6
+    assert load_recipe("gdfq", large=True).synthesis.batch == 16
+    assert isinstance(Recipe.model_validate(large.model_dump()), Recipe)
