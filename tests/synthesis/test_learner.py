@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generator's loop and the sources of batches."""
 
+import copy
+
 import pytest
 import torch
 from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
@@ -14,6 +16,7 @@ from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.teacher.graph import build_network, export_module
+from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import ModelInfo, Teacher
 
 
@@ -49,13 +52,24 @@ def test_the_student_sees_the_images_before_the_update(teacher):
     assert not batch.images.requires_grad
 
 
-def test_a_generator_learns_classes_and_statistics(teacher):
-    source = learner(teacher, lr=5e-3)
+def test_a_generator_learns_the_classes(teacher):
+    source = learner(teacher)
     first = source.next(1.0).terms
-    for _ in range(60):
+    for _ in range(100):
         last = source.next(1.0).terms
-    total = [float(t["generator_ce"] + 0.1 * t["generator_bns"]) for t in (first, last)]
-    assert total[1] < 0.8 * total[0]
+    assert float(last["generator_ce"]) < 0.9 * float(first["generator_ce"])
+
+
+def test_a_generator_learns_the_statistics(teacher):
+    """Of a teacher whose first batch norm remembers other images than a new generator makes."""
+    shifted = Teacher(copy.deepcopy(teacher.network), teacher.info)
+    norm = next(m for m in shifted.network.modules() if isinstance(m, BatchNorm))
+    norm.running_mean += 0.5
+    norm.running_var *= 0.5
+    source = learner(shifted, statistics_weight=10.0)
+    first = source.next(1.0).terms
+    for _ in range(100):
+        last = source.next(1.0).terms
     assert float(last["generator_bns"]) < 0.7 * float(first["generator_bns"])
 
 

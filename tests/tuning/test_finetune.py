@@ -90,7 +90,7 @@ def test_ranges_come_from_the_last_warm_up_steps_and_then_stand_still(teacher, m
         tracked.append(len(steps))
         track(self, x)
 
-    learn = module._Loop.step
+    learn = module.FineTuner.step
 
     def count(self, step):
         result = learn(self, step)
@@ -98,7 +98,7 @@ def test_ranges_come_from_the_last_warm_up_steps_and_then_stand_still(teacher, m
         return result
 
     monkeypatch.setattr(TrackedActivation, "track", spy)
-    monkeypatch.setattr(module._Loop, "step", count)
+    monkeypatch.setattr(module.FineTuner, "step", count)
     tune_with_generator(teacher, student)
     assert set(tracked) == {3, 4, 5}, "three of the six warm-up steps, none of the student's"
 
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     monkeypatch.setattr(module, "CHECKPOINT_EVERY", 1)
     whole, images = tune_with_generator(teacher, attach(teacher, recipe(name)))
     context = Context(checkpoints=Checkpoints(tmp_path))
-    save = module._Loop.save
+    save = module.FineTuner.save
 
     def stop(self, done):
         save(self, done)
@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             raise StopError
 
     with monkeypatch.context() as patched:
-        patched.setattr(module._Loop, "save", stop)
+        patched.setattr(module.FineTuner, "save", stop)
         with pytest.raises(StopError):
             tune_with_generator(teacher, attach(teacher, recipe(name)), context=context)
     torch.randn(7)  # the outer stream may be anywhere
@@ -198,7 +198,7 @@ def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch):
     images = real(teacher)
     whole = tune(teacher, attach(teacher, recipe()), images)
     context = Context(checkpoints=Checkpoints(tmp_path))
-    save = module._Loop.save
+    save = module.FineTuner.save
 
     def stop(self, done):
         save(self, done)
@@ -206,7 +206,7 @@ def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch):
             raise StopError
 
     with monkeypatch.context() as patched:
-        patched.setattr(module._Loop, "save", stop)
+        patched.setattr(module.FineTuner, "save", stop)
         with pytest.raises(StopError):
             tune(teacher, attach(teacher, recipe()), images, context=context)
     again = tune(teacher, attach(teacher, recipe()), images, context=context)

@@ -73,7 +73,7 @@ def finetune(
     assert isinstance(settings, Finetuning)
     with seeded(context.seed, "finetune"):
         source = make_source(settings.steps)
-        loop = _Loop(student, source, settings, context)
+        loop = FineTuner(student, source, settings, context)
         total = source.warmup + settings.steps
         start = loop.resume()
         with context.reporter.task("fine-tuning", total, completed=start) as task:
@@ -84,8 +84,19 @@ def finetune(
     return student.freeze(), source
 
 
-class _Loop:
-    """The state of a fine-tuning run."""
+class FineTuner:
+    """The state of a fine-tuning run; `finetune` drives it.
+
+    Args:
+        student: tuned in place.
+        source: gives the batches.
+        settings: of the recipe.
+        context: device, precision, compilation, checkpoints.
+
+    Attributes:
+        total: steps in all, warm-up included.
+        weight_rule: moves the quantized weights.
+    """
 
     def __init__(
         self, student: Student, source: ImageSource, settings: Finetuning, context: Context
