@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a synthesis step and of a reconstruction step, beside the bare network's.
+"""Time of a step of every loop, beside the bare network's.
 
 Nothing else should run meanwhile.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py [synthesis] [reconstruction] [finetuning] [inundation]
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -20,8 +22,12 @@ from zsq.config import GenieSynthesis, load_recipe
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.student import attach, prepared_network
+from zsq.synthesis.generators import build_generator
 from zsq.synthesis.genie import synthesize_genie
+from zsq.synthesis.labels import plain_labels
+from zsq.synthesis.learner import GeneratorLearner
 from zsq.teacher.teacher import Teacher, load_teacher
+from zsq.tuning.finetune import FineTuner
 from zsq.tuning.pieces import block_pieces
 from zsq.tuning.reconstruct import run
 from zsq.tuning.tuner import PieceTuner, Problem
@@ -90,7 +96,76 @@ def bare(block: GraphModule, inputs: Tensor, target: Tensor) -> float:
     return taken
 
 
+def tuner_on_generator(teacher: Teacher, settings: list[str], compile: bool) -> FineTuner:
+    """Return a fine-tuning run in float32 whose warm-up is over."""
+    recipe = load_recipe(
+        "gdfq+ait", bits="w4a4",
+        settings=["synthesis.steps=2", "tuning.steps=79200", "tuning.range_steps=2", *settings],
+    )  # fmt: skip
+    context = Context(policy=make_policy(precision="fp32", compile=compile))
+    source = GeneratorLearner(teacher, recipe.synthesis, context, recipe.tuning.steps)
+    tuner = FineTuner(attach(teacher, recipe), source, recipe.tuning, context)
+    for step in range(5):
+        tuner.step(step)
+    return tuner
+
+
+def finetuning(teacher: Teacher) -> None:
+    """Print the time of a whole step at batch 200, float32, and of its bare passes."""
+    alone = bare_finetuning(teacher, 200)
+    for compile in (False, True):
+        tuner = tuner_on_generator(teacher, ["synthesis.batch=200"], compile)
+        count = iter(range(5, 1000))
+        whole = milliseconds(lambda t=tuner, c=count: t.step(next(c)), 15)
+        print(f"fine-tuning with inundation, batch 200, float32, "
+              f"{'compiled' if compile else 'eager'}: {whole:.0f} ms a step, bare {alone:.0f} ms, "
+              f"{whole / alone:.2f}x")  # fmt: skip
+
+
+def bare_finetuning(teacher: Teacher, batch: int) -> float:
+    """Return the time of the passes alone: generator and teacher, then a float student."""
+    recipe, context = load_recipe("gdfq"), Context(policy=make_policy(precision="fp32"))
+    generator = context.policy.place(build_generator(teacher, recipe.synthesis, 10, context))
+    frozen = context.policy.place(copy.deepcopy(teacher.network)).requires_grad_(False)
+    student = context.policy.place(copy.deepcopy(teacher.network)).requires_grad_(True)
+    labels = plain_labels(batch, 10, torch.device("cpu"))
+
+    def once() -> None:
+        noise = generator.draw_noise(labels)
+        images = generator(noise, labels.classes, labels.weights)
+        frozen(images).square().mean().backward()
+        student(images.detach()).square().mean().backward()
+
+    for _ in range(3):
+        once()
+    return milliseconds(once, 15)
+
+
+def inundation() -> None:
+    """Print what inundation adds to a step of ResNet-18 at 224 pixels, batch 16, float32."""
+    teacher = load_teacher("pytorchcv:resnet18", weights="random")
+    times = {}
+    for name, change in (("with", []), ("without", ["tuning.inundation=null"])):
+        tuner = tuner_on_generator(teacher, ["synthesis.batch=16", *change], False)
+        count = iter(range(5, 1000))
+        times[name] = milliseconds(lambda t=tuner, c=count: t.step(next(c)), 5)
+        rule = tuner.weight_rule
+        target = 1e-4 if name == "with" else 0.0
+        times[f"rule {name}"] = milliseconds(lambda r=rule, g=target: r.step(1e-6, target=g), 5)
+    added = times["rule with"] - times["rule without"]
+    print(f"inundation, ResNet-18 at 224, batch 16, float32: {added:.0f} ms of a step of "
+          f"{times['with']:.0f} ms, {100 * added / times['without']:.1f} % more than without; whole "
+          f"steps {times['with']:.0f} and {times['without']:.0f} ms")  # fmt: skip
+
+
 if __name__ == "__main__":
     loaded = load_teacher("zsq:resnet20_cifar10")
-    reconstruction(loaded)
-    synthesis(loaded)
+    wanted = sys.argv[1:] or ["reconstruction", "synthesis", "finetuning", "inundation"]
+    if "reconstruction" in wanted:
+        reconstruction(loaded)
+    if "synthesis" in wanted:
+        synthesis(loaded)
+    if "finetuning" in wanted:
+        finetuning(loaded)
+    if "inundation" in wanted:
+        inundation()

@@ -95,7 +95,7 @@ class GeneratorSynthesis(Part):
     generator: Literal["gdfq", "qimera", "autorecon"] = "gdfq"
     images: int = Field(default=1024, ge=1)
     """Images that are drawn from the finished generator and kept with the run."""
-    steps: int = Field(default=800, ge=0)
+    steps: int = Field(default=800, ge=1)
     """Warm-up: steps of the generator before the student starts to learn."""
     batch: int = Field(default=200, ge=2)
     """Images per step, of generator and student."""

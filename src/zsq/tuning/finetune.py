@@ -136,14 +136,14 @@ class FineTuner:
     def step(self, step: int) -> Tensor:
         """Make one step of the source, of the ranges or of the student; return a loss to show."""
         factor = milestone_factor(step / self.total, self.settings.milestones, self.settings.decay)
+        recorded = step % RECORD_EVERY == 0 or step == self.total - 1
         batch = self.source.next(factor)
         if step < self.source.warmup:
             self._warm_up(batch, step)
             terms: dict[str, Tensor] = {}
         else:
-            terms = self._learn(batch, step - self.source.warmup, factor)
-        last = step == self.total - 1
-        if step % RECORD_EVERY == 0 or last:
+            terms = self._learn(batch, step - self.source.warmup, factor, measure=recorded)
+        if recorded:
             self._record(step, batch.terms | terms)
         return next(iter((terms | batch.terms).values()), torch.zeros(()))
 
@@ -159,8 +159,8 @@ class FineTuner:
             for quantizer in self.ranges:
                 quantizer.tracking = False
 
-    def _learn(self, batch: Batch, step: int, factor: float) -> dict[str, Tensor]:
-        """Make one step of the student."""
+    def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
+        """Make one step of the student; ``measure`` what it changed also without inundation."""
         loss, *terms = self.loss(batch.images, batch.logits, batch.targets)
         self.rest_rule.zero_grad()
         self.weight_rule.zero_grad()
@@ -171,7 +171,7 @@ class FineTuner:
         self.rest_rule.step()
         rule = self.settings.inundation
         if rule is None:
-            self.weight_rule.step(rate)
+            self.weight_rule.step(rate, measure=measure)
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
