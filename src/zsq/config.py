@@ -59,8 +59,13 @@ class Recipe(Part):
     """Settings for images of 128 pixels and more, by dotted key: the published ones for ImageNet."""
 
 
-#: What a validator puts between ``tuning`` and the name of a setting.
-_METHODS = frozenset({"genie", "generator", "reconstruct", "finetune"})
+def _without_method(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Drop the method's name, which a validator puts behind ``synthesis`` or ``tuning``."""
+    chosen = place[:1] in {("synthesis",), ("tuning",)} and place[1:2] in _METHODS
+    return (*place[:1], *place[2:]) if chosen else place
+
+
+_METHODS = {("genie",), ("generator",), ("reconstruct",), ("finetune",)}
 
 
 def recipe_names() -> list[str]:
@@ -110,7 +115,7 @@ def load_recipe(
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part not in _METHODS)
+        key = ".".join(map(str, _without_method(first["loc"])))
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise UsageError(
             f"recipe setting {key!r} (={first.get('input')!r}): {reason}. "
