@@ -39,15 +39,17 @@ NETWORKS = {
     "resnet18_tiny": (f"{SHARED}/teachers/models.py:resnet18_tiny", "tiny_imagenet", (3, 64, 64), TINY),
     "mobilenetv2_tiny": (f"{SHARED}/teachers/models.py:mobilenetv2_tiny", "tiny_imagenet", (3, 64, 64), TINY),
 }  # fmt: skip
-SAMPLE = "tuning.kl_mean=sample"
-#: Rows of the table: recipe suffix and settings.
-VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "calibration only": ("", ["tuning.lr=1e-12", "tuning.weight_decay=0"]),
-    "host": ("", []),
-    "KL only": ("+ait", ["tuning.inundation=null"]),
-    "KL + GI (AIT)": ("+ait", []),
-    "KL per sample": ("+ait", ["tuning.inundation=null", SAMPLE]),
-    "KL per sample + GI": ("+ait", [SAMPLE]),
+KL_ONLY = ["tuning.losses.ce=0", "tuning.weight_decay=0"]
+INUNDATED = ["tuning.inundation={target: 1.0e-3}"]
+SAMPLE = ["tuning.kl_mean=sample"]
+#: Rows of the table: what each changes about its host. "KL + GI" is the recipe HOST+ait.
+VARIANTS: dict[str, list[str]] = {
+    "calibration only": ["tuning.lr=1e-12", "tuning.weight_decay=0"],
+    "host": [],
+    "KL only": KL_ONLY,
+    "KL + GI": [*KL_ONLY, *INUNDATED],
+    "KL per sample": [*KL_ONLY, *SAMPLE],
+    "KL per sample + GI": [*KL_ONLY, *INUNDATED, *SAMPLE],
 }
 
 
@@ -78,10 +80,8 @@ def ablation(
         students = {}
         for width in bits:
             for name in variants:
-                suffix, changes = VARIANTS[name]
-                recipe = load_recipe(
-                    host + suffix, bits=width, schedule=schedule, settings=[*settings, *changes]
-                )
+                changes = [*VARIANTS[name], *settings]
+                recipe = load_recipe(host, bits=width, schedule=schedule, settings=changes)
                 student = attach(teacher, recipe)
                 tuner = FineTuner(student, Stream(generator.warmup), recipe.tuning, eager)
                 students[width, name] = tuner

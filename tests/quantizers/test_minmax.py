@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from zsq.functional.affine import dequantize, quant_max, quantize
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation, straight_through
 
 
@@ -43,6 +44,14 @@ def test_frozen_weights_are_equal():
     frozen = found.freeze()
     assert torch.equal(frozen(), found().detach())
     assert torch.equal(frozen.codes(), found.codes())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_straight_through_is_quantize_and_dequantize(bits):
+    x, scale, zero = torch.randn(6, 50), torch.rand(6) / 4 + 0.01, torch.arange(6.0) % 3
+    codes = quantize(x, scale, zero, quant_max(bits))
+    found = straight_through(x, scale, zero, quant_max(bits))
+    assert torch.equal(found, dequantize(codes, scale, zero))
 
 
 def test_straight_through_also_where_clamped():

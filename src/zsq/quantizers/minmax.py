@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zsq.functional.affine import dequantize, grid_of_range, quant_max, quantize
+from zsq.functional.affine import grid_of_range, per_channel, quant_max, quantize
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.weight import FrozenWeight
 
@@ -24,7 +24,9 @@ class _StraightThrough(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int,
     ) -> Tensor:  # fmt: skip
-        return dequantize(quantize(x, scale, zero_point, high, low), scale, zero_point)
+        # dequantize(quantize(x)), in place after the first operation: memory is what this costs
+        s, z = per_channel(scale, x), per_channel(zero_point, x)
+        return (x / s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s)
 
     @staticmethod
     def backward(

@@ -121,7 +121,12 @@ class FineTuner:
             self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )  # fmt: skip
-        worth = context.policy.compile and settings.steps >= MIN_STEPS_TO_COMPILE
+        # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
+        worth = (
+            context.policy.compile
+            and context.policy.device.type == "cuda"
+            and settings.steps >= MIN_STEPS_TO_COMPILE
+        )
         self.loss = Compiled(self._loss, enabled=worth, note=context.reporter.note)
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
