@@ -214,6 +214,9 @@ class Finetuning(Calibration):
     """Steps that track activation ranges: the last ones of the warm-up, frozen after."""
     range_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running ranges."""
+    ranges: Literal["minmax", "error"] = "minmax"
+    """What is frozen: the tracked minimum and maximum, as published, or the range within them that
+    rounds the last warm-up batch with the least error (exponent ``power``)."""
     lr: float = Field(default=1e-4, gt=0)
     """Rate of SGD."""
     momentum: float = Field(default=0.9, ge=0, lt=1)

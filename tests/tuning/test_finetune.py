@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
+from torch.fx import Interpreter
 
 from zsq.config import Recipe, load_recipe
 from zsq.errors import RunError
@@ -101,6 +102,32 @@ def test_ranges_come_from_the_last_warm_up_steps_and_then_stand_still(teacher, m
     monkeypatch.setattr(module.FineTuner, "step", count)
     tune_with_generator(teacher, student)
     assert set(tracked) == {3, 4, 5}, "three of the six warm-up steps, none of the student's"
+
+
+def test_ranges_of_least_error_are_found_on_the_last_warm_up_batch(teacher):
+    images = real(teacher)
+    found = {}
+    for ranges in ("minmax", "error"):
+        one = recipe("gdfq", f"tuning.ranges={ranges}", "tuning.steps=0", "tuning.range_steps=1",
+                     "tuning.batch=24", bits="w8a2")  # fmt: skip
+        found[ranges] = tune(teacher, attach(teacher, one), images)
+    float_student = attach(teacher, recipe("gdfq", "tuning.steps=0", bits="w8a8"))
+    tensors = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            tensors[n.name] = result
+            return result
+
+    with torch.no_grad():
+        Recorder(float_student.network).run(images.images)
+    for name in float_student.quantizers():
+        x = tensors[name]
+        errors = {
+            k: float((s.quantizer(name)(x) - x).abs().pow(2.4).mean()) for k, s in found.items()
+        }
+        assert errors["error"] < errors["minmax"]
 
 
 def test_evaluation_changes_nothing(teacher):

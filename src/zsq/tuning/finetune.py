@@ -20,6 +20,8 @@ from zsq.config import Finetuning
 from zsq.functional.generator_loss import soft_cross_entropy
 from zsq.functional.losses import kl_divergence
 from zsq.functional.schedules import milestone_factor
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.attach import calibrate
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import (
@@ -110,7 +112,11 @@ class FineTuner:
             for path, layer in student.layers().items()
             if isinstance(layer.weight, MinMaxWeight)
         }
-        self.ranges = [q for q in student.quantizers().values() if isinstance(q, TrackedActivation)]
+        self.ranges = {
+            name: quantizer
+            for name, quantizer in student.quantizers().items()
+            if isinstance(quantizer, TrackedActivation)
+        }
         self.rest = _other_parameters(student, self.weights)
         rule = settings.inundation
         self.weight_rule = InundatedSGD(
@@ -157,12 +163,25 @@ class FineTuner:
         """Track ranges in the last steps of the warm-up; freeze them at its end."""
         left = self.source.warmup - step
         if left <= self.settings.range_steps:
-            for quantizer in self.ranges:
+            for quantizer in self.ranges.values():
                 quantizer.enabled = quantizer.tracking = True
             self.student(batch.images)
         if left == 1:
-            for quantizer in self.ranges:
-                quantizer.tracking = False
+            self._freeze_ranges(batch.images)
+
+    def _freeze_ranges(self, images: Tensor) -> None:
+        for quantizer in self.ranges.values():
+            quantizer.tracking = False
+        if self.settings.ranges == "error":
+            searched: dict[str, ActivationQuantizer] = {**self.ranges}
+            for quantizer in self.ranges.values():
+                quantizer.enabled = False
+            calibrate(
+                self.student.network, searched, [images],
+                power=self.settings.power, asymmetric=self.settings.asymmetric,
+            )  # fmt: skip
+            for quantizer in self.ranges.values():
+                quantizer.enabled = True
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
         """Make one step of the student; ``measure`` what it changed also without inundation."""
@@ -199,7 +218,7 @@ class FineTuner:
             "random": generator_states(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
-            "ranges": _flat({str(i): q.state_dict() for i, q in enumerate(self.ranges)}),
+            "ranges": _flat({name: q.state_dict() for name, q in self.ranges.items()}),
         }  # fmt: skip
         state = _flat(parts) | optimizer_state(self.rest_rule, "sgd")
         self.context.checkpoints.save("finetune", state | {"done": torch.tensor(done)})
@@ -218,8 +237,8 @@ class FineTuner:
             weight.master.copy_(state[f"weights.{path}"])
         for i, parameter in enumerate(self.rest):
             parameter.copy_(state[f"rest.{i}"])
-        for i, quantizer in enumerate(self.ranges):
-            quantizer.load_state_dict(_part(state, f"ranges.{i}"))
+        for name, quantizer in self.ranges.items():
+            quantizer.load_state_dict(_part(state, f"ranges.{name}"))
             quantizer.enabled = bool(quantizer.calibrated)
         restore_generators(_part(state, "random"))
         return int(state["done"])
