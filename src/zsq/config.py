@@ -33,9 +33,13 @@ from zsq.settings import (
 )
 
 __all__ = [
-    "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses", "Override",
+    "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses", "Override",
     "Recipe", "Reconstruction", "load_recipe", "recipe_names", "to_yaml",
 ]  # fmt: skip
+
+
+#: Sides from here on are large: recipes apply what was published for ImageNet.
+LARGE_SIDE = 128
 
 
 class Recipe(Part):

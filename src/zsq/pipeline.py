@@ -21,7 +21,7 @@ from zsq.artifact.networkfile import (
     save_teacher,
 )
 from zsq.artifact.runfolder import RunFolder
-from zsq.config import Recipe, load_recipe, to_yaml
+from zsq.config import LARGE_SIDE, Recipe, load_recipe, to_yaml
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
 from zsq.runtime.checkpoints import Checkpoints
@@ -36,8 +36,6 @@ from zsq.teacher.teacher import Teacher, load_teacher
 
 #: Images that calibrate extra edges and judge parity at export.
 EXPORT_IMAGES = 256
-#: Sides from here on are large: recipes apply what was published for ImageNet.
-LARGE = 128
 
 
 def quantize(
@@ -107,7 +105,7 @@ def quantize(
         allow_pickle=allow_pickle,
     )
     resolved = load_recipe(
-        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE,
+        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
         settings=settings, bits=bits, protocol=protocol,
     )  # fmt: skip
     policy = make_policy(device, precision, compile)

@@ -16,9 +16,8 @@ from zsq.quantizers.protocol import (
     layer_nodes,
     origin,
     place,
-    tensor_inputs,
 )
-from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.fold import fold_batch_norms, tensor_inputs
 
 W3A5 = Bits(weights=3, activations=5)
 

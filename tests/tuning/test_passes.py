@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from helpers.kills import Killed
 from helpers.networks import Inverted
 from helpers.students import image_set, recipe, same_weights, teacher_of, tuned, values
 
@@ -82,17 +83,6 @@ def test_the_second_pass_reads_the_teachers_values(teacher, problems):
         assert settings.mix == 0
         assert torch.allclose(problem.from_teacher, theirs[piece.source], atol=1e-5)
         assert torch.allclose(problem.target, theirs[piece.output], atol=1e-5)
-
-
-class Killed(Checkpoints):
-    def __init__(self, folder, last):
-        super().__init__(folder)
-        self.last = last
-
-    def save(self, name, tensors):
-        super().save(name, tensors)
-        if name == self.last:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("last", ["piece_001", "piece_003", "activations_000", "activations_003"])

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from helpers.kills import Killed
 from helpers.networks import Inverted
 from helpers.students import SHAPE, image_set, recipe, same_weights, teacher_of, tuned, values
 
@@ -165,19 +166,6 @@ def test_a_seed_decides_everything(teacher):
     torch.manual_seed(2)
     assert same_weights(first, tuned(teacher, context=Context(seed=3)))
     assert not same_weights(first, tuned(teacher, context=Context(seed=4)))
-
-
-class Killed(Checkpoints):
-    """Checkpoints of a run that is killed right after it saved one."""
-
-    def __init__(self, folder, last):
-        super().__init__(folder)
-        self.last = last
-
-    def save(self, name, tensors):
-        super().save(name, tensors)
-        if name == self.last:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("unit", ["block", "layer"])

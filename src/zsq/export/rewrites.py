@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq.export.folding import put_module
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
-from zsq.quantizers.protocol import COMMUTING, origin, tensor_inputs
+from zsq.quantizers.protocol import COMMUTING, origin
 from zsq.quantizers.weight import FrozenWeight
-from zsq.teacher.fold import calls, module_of
+from zsq.teacher.fold import calls, module_of, tensor_inputs
 from zsq.teacher.layers import operator_name
 
 GLOBAL_POOL = torch.ops.aten.adaptive_avg_pool2d.default

@@ -21,9 +21,8 @@ from zsq.export.rewrites import input_quantizer, is_global_pool
 from zsq.functional.affine import per_channel
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
-from zsq.quantizers.protocol import tensor_inputs
 from zsq.student import Student
-from zsq.teacher.fold import module_of
+from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import operator_name, resolve_operator
 
 #: Whole numbers up to this are exact in float32, and so are sums that stay below it.

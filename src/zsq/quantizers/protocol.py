@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.config import Bits, Override
 from zsq.errors import UsageError
-from zsq.teacher.fold import module_of
+from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
 
 #: Operators that only move or select values: quantizing before or after them is the same.
@@ -57,11 +57,6 @@ class Placement:
     weights: dict[str, int]
     activations: dict[str, int]
     shared: dict[str, str]
-
-
-def tensor_inputs(node: Node) -> list[Node]:
-    """Return the tensor operands of a node (neither sizes nor constants)."""
-    return [n for n in node.all_input_nodes if not n.meta.get("scalar") and n.op != "get_attr"]
 
 
 def origin(node: Node) -> Node:

@@ -16,6 +16,8 @@ from zsq.errors import UsageError
 
 _Module = TypeVar("_Module", bound=nn.Module)
 Precision = Literal["auto", "fp32", "bf16"]
+#: Compiling takes tens of seconds; shorter runs go without.
+MIN_STEPS_TO_COMPILE = 250
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Policy:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     compile: bool = False
+
+    def worth_compiling(self, steps: int) -> bool:
+        """Return whether a loop of so many steps may be, and repays being, compiled."""
+        return self.compile and steps >= MIN_STEPS_TO_COMPILE
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which convolutions and products run in `dtype`."""

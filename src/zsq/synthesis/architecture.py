@@ -15,14 +15,13 @@ from pathlib import Path
 
 import yaml
 
+from zsq.config import LARGE_SIDE
 from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
 
 UPS = ("N", "L")
 OPERATIONS = ("0", "s", "c1", "c3", "c5", "d3", "d5")
 CROSSES = ("0", "N", "L")
-#: Sides from here on get the generator found for ResNet-18 unless the teacher has one of its own.
-LARGE_SIDE = 128
 
 
 @dataclass(frozen=True)

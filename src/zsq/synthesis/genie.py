@@ -31,8 +31,6 @@ from zsq.synthesis.images import ImageSet
 from zsq.teacher.taps import strided_nodes, tap_batch_norms
 from zsq.teacher.teacher import Teacher
 
-#: Compiling takes tens of seconds; shorter runs go without.
-MIN_STEPS_TO_COMPILE = 250
 #: Steps between two records of the loss, and between two looks for NaN.
 RECORD_EVERY = 50
 
@@ -131,7 +129,7 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     shifts = len(strided_nodes(teacher.network)) if settings.swing else 0
     objective = _objective(teacher, settings, shifts, context)
     sizes = batch_sizes(settings.images, settings.batch)
-    worth = context.policy.compile and settings.steps * len(sizes) >= MIN_STEPS_TO_COMPILE
+    worth = context.policy.worth_compiling(settings.steps * len(sizes))
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
     made, losses = [], []
     for index, size in enumerate(sizes):

@@ -11,53 +11,28 @@ distillation target, the student: it sees the images made *before* this step's u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zsq.config import GeneratorSynthesis
-from zsq.errors import RunError
-from zsq.functional.generator_loss import soft_cross_entropy, variance_distance
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import optimizer_state, restore_optimizer
 from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
+from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.generators import build_generator
-from zsq.synthesis.genie import MIN_STEPS_TO_COMPILE, predict
+from zsq.synthesis.genie import predict
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.labels import Labels, plain_labels, superposed_labels
-from zsq.teacher.taps import tap_batch_norms
+from zsq.synthesis.objective import GeneratorObjective, count_classes
 from zsq.teacher.teacher import Teacher
 
 #: Momenta of Adam, as in all three papers.
 BETAS = (0.5, 0.999)
 #: Steps between two looks for NaN.
 CHECK_EVERY = 50
-
-
-@dataclass
-class _Objective:
-    """The generator's loss as one function of tensors that a compiler can take whole."""
-
-    generator: nn.Module
-    tapped: nn.Module
-    means: list[Tensor]
-    variances: list[Tensor]
-    weight: float
-    context: Context
-
-    def __call__(
-        self, noise: Tensor, classes: Tensor, weights: Tensor, soft: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return loss, images, logits, cross-entropy and batch norm distance."""
-        with self.context.policy.autocast():
-            images = self.generator(noise, classes, weights)
-            logits, inputs = self.tapped(images)
-        entropy = soft_cross_entropy(logits, soft)
-        distance = variance_distance(inputs, self.means, self.variances)
-        return entropy + self.weight * distance, images, logits.float(), entropy, distance
 
 
 class GeneratorLearner:
@@ -80,18 +55,12 @@ class GeneratorLearner:
         policy = context.policy
         self.teacher, self.settings, self.context = teacher, settings, context
         self.warmup = settings.steps
-        tapped, targets = tap_batch_norms(teacher.network, logits=True)
-        with torch.no_grad():
-            self.classes = teacher(torch.zeros(1, *teacher.info.input_shape)).shape[1]
+        self.classes = count_classes(teacher)
         self.generator = policy.place(build_generator(teacher, settings, self.classes, context))
-        objective = _Objective(
-            self.generator, policy.place(tapped),
-            [target.mean.to(policy.device) for target in targets],
-            [target.variance.to(policy.device) for target in targets],
-            settings.statistics_weight, context,
-        )  # fmt: skip
-        worth = policy.compile and steps >= MIN_STEPS_TO_COMPILE
-        self.objective = Compiled(objective, enabled=worth, note=context.reporter.note)
+        objective = GeneratorObjective(teacher, self.generator, settings.statistics_weight, policy)
+        self.objective = Compiled(
+            objective, enabled=policy.worth_compiling(steps), note=context.reporter.note
+        )
         self.rate = torch.tensor(settings.lr, device=policy.device)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=self.rate, betas=BETAS, fused=True
@@ -175,22 +144,3 @@ def synthesize_with_generator(
                     record_terms(context, "synthesis", step, terms)
                 task.advance(1, loss=terms["generator_bns"])
         return learner.draw(settings.images)
-
-
-def record_terms(
-    context: Context, stage: str, step: int, terms: dict[str, Tensor], **values: object
-) -> None:
-    """Record loss terms with one read of the device; stop at NaN.
-
-    Raises:
-        RunError: a term is not finite.
-    """
-    names = list(terms)
-    read = torch.stack([terms[name].float() for name in names]).tolist() if names else []
-    for name, value in zip(names, read, strict=True):
-        if not math.isfinite(value):
-            raise RunError(
-                f"the loss term {name!r} became {value} at step {step} of {stage}. Lower "
-                "synthesis.lr or tuning.lr with --set, or try --precision fp32."
-            )
-    context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]

@@ -9,10 +9,9 @@ from torch.fx import GraphModule
 from torch.nn.functional import embedding_bag, layer_norm
 
 from zsq.errors import UsageError
-from zsq.quantizers.protocol import tensor_inputs
 from zsq.synthesis.conditional import RELEASED_EPS, Trunk
 from zsq.synthesis.labels import Labels
-from zsq.teacher.fold import module_of
+from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import Layer
 
 

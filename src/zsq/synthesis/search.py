@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
 from zsq.errors import RunError
-from zsq.functional.generator_loss import soft_cross_entropy, variance_distance
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
 from zsq.synthesis.architecture import CROSSES, OPERATIONS, UPS, Architecture, Cell
 from zsq.synthesis.autorecon import AutoReconGenerator, Edge
 from zsq.synthesis.labels import plain_labels
-from zsq.teacher.taps import tap_batch_norms
+from zsq.synthesis.objective import GeneratorObjective, count_classes
 from zsq.teacher.teacher import Teacher
 
 #: Steps between two records of the loss, and between two looks for NaN.
@@ -180,13 +179,11 @@ class _Search:
     def __init__(self, teacher: Teacher, settings: SearchSettings, context: Context) -> None:
         policy = context.policy
         self.settings, self.context = settings, context
-        tapped, targets = tap_batch_norms(teacher.network, logits=True)
-        self.tapped = policy.place(tapped)
-        self.means = [target.mean.to(policy.device) for target in targets]
-        self.variances = [target.variance.to(policy.device) for target in targets]
-        with torch.no_grad():
-            self.classes = teacher(torch.zeros(1, *teacher.info.input_shape)).shape[1]
+        self.classes = count_classes(teacher)
         self.network = policy.place(_SuperNetwork(self.classes, teacher.info.input_shape))
+        self.objective = GeneratorObjective(
+            teacher, self.network, settings.statistics_weight, policy
+        )
         logits = [choice.logits for choice in self.network.choices()]
         known = {id(parameter) for parameter in logits}
         weights = [p for p in self.network.parameters() if id(p) not in known]
@@ -205,14 +202,9 @@ class _Search:
         return loss
 
     def _descend(self, rule: torch.optim.Optimizer) -> Tensor:
-        policy = self.context.policy
-        labels = plain_labels(self.settings.batch, self.classes, policy.device)
-        noise = self.network.draw_noise(labels)
-        with policy.autocast():
-            logits, inputs = self.tapped(self.network(noise, labels.classes, labels.weights))
-        loss = soft_cross_entropy(logits, labels.soft(self.classes))
-        distance = variance_distance(inputs, self.means, self.variances)
-        loss = loss + self.settings.statistics_weight * distance
+        labels = plain_labels(self.settings.batch, self.classes, self.context.policy.device)
+        noise, soft = self.network.draw_noise(labels), labels.soft(self.classes)
+        loss = self.objective(noise, labels.classes, labels.weights, soft)[0]
         self.weight_rule.zero_grad()
         self.logit_rule.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

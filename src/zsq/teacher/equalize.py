@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from zsq.teacher.fold import calls, fold_batch_norms, module_of
+from zsq.teacher.fold import calls, fold_batch_norms, module_of, tensor_inputs
 from zsq.teacher.layers import Layer, operator_name
 from zsq.teacher.teacher import Teacher
 
@@ -60,11 +60,11 @@ def find_streams(network: GraphModule) -> list[Stream]:
     tensors = [n for n in network.graph.nodes if not n.meta.get("scalar") and n.op != "get_attr"]
     for node in tensors:
         if operator_name(node.target) in HOMOGENEOUS:
-            for source in _operands(node):
+            for source in tensor_inputs(node):
                 leader[find(source)] = find(node)
     streams = {find(node): Stream() for node in tensors}
     for node in tensors:
-        sources = [streams[find(source)] for source in _operands(node)]
+        sources = [streams[find(source)] for source in tensor_inputs(node)]
         _take_part(network, node, streams[find(node)], sources)
     return [s for s in streams.values() if not s.fixed and _consistent(network, s)]
 
@@ -84,13 +84,9 @@ def _take_part(network: GraphModule, node: Node, own: Stream, sources: list[Stre
             stream.fixed = True
 
 
-def _operands(node: Node) -> list[Node]:
-    return [n for n in node.all_input_nodes if not n.meta.get("scalar") and n.op != "get_attr"]
-
-
 def _adds_a_constant(node: Node) -> bool:
     name = operator_name(node.target)
-    return name == "aten.add.Tensor" and len(_operands(node)) != 2
+    return name == "aten.add.Tensor" and len(tensor_inputs(node)) != 2
 
 
 def _consistent(network: GraphModule, stream: Stream) -> bool:
@@ -108,12 +104,8 @@ def _layer(network: GraphModule, node: Node) -> Layer:
     return layer
 
 
-def _groups(layer: Layer) -> int:
-    return int(layer.arguments[-1]) if layer.weight.ndim > 2 and len(layer.arguments) == 4 else 1
-
-
 def _input_channels(layer: Layer) -> int:
-    return layer.weight.shape[1] * _groups(layer)
+    return layer.weight.shape[1] * layer.groups
 
 
 class _Ranges(Interpreter):
@@ -192,7 +184,7 @@ def _scale_outputs(layer: Layer, factor: Tensor) -> None:
 
 
 def _scale_inputs(layer: Layer, factor: Tensor) -> None:
-    groups = _groups(layer)
+    groups = layer.groups
     outputs, inputs, *kernel = layer.weight.shape
     shaped = layer.weight.view(groups, outputs // groups, inputs, *kernel)
     shaped.mul_(factor.reshape(groups, 1, inputs, *[1] * len(kernel)))

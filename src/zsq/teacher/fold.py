@@ -31,6 +31,11 @@ def module_of(network: GraphModule, node: Node) -> nn.Module | None:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def tensor_inputs(node: Node) -> list[Node]:
+    """Return the tensor operands of a node (neither sizes nor constants)."""
+    return [n for n in node.all_input_nodes if not n.meta.get("scalar") and n.op != "get_attr"]
+
+
 def calls(network: GraphModule) -> dict[str, list[Node]]:
     """Map each module path to the nodes that call it, in execution order."""
     found: dict[str, list[Node]] = {}

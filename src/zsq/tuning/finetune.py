@@ -32,10 +32,9 @@ from zsq.runtime.optimizers import (
 )
 from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
+from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
-from zsq.synthesis.genie import MIN_STEPS_TO_COMPILE
-from zsq.synthesis.learner import record_terms
 from zsq.tuning.inundation import InundatedSGD
 
 #: Steps between two records, and so between two reads of the device.
@@ -123,16 +122,14 @@ class FineTuner:
             self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
             grid=rule.grid if rule else "frozen", guarantee=rule.guarantee if rule else True,
         )  # fmt: skip
+        self.loss_weights = {name: w for name, w in settings.losses.model_dump().items() if w}
         self.rest_rule = torch.optim.SGD(
             self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )  # fmt: skip
         # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
-        worth = (
-            context.policy.compile
-            and context.policy.device.type == "cuda"
-            and settings.steps >= MIN_STEPS_TO_COMPILE
-        )
+        policy = context.policy
+        worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
         self.loss = Compiled(self._loss, enabled=worth, note=context.reporter.note)
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -140,8 +137,9 @@ class FineTuner:
         with self.context.policy.autocast():
             outputs = self.student(images)
         batch = Batch(images, logits, targets)
-        weights = self.settings.losses.model_dump()
-        terms = [w * TERMS[name](outputs, batch, self.settings) for name, w in weights.items() if w]
+        terms = [
+            w * TERMS[name](outputs, batch, self.settings) for name, w in self.loss_weights.items()
+        ]
         return torch.stack(terms).sum(), *terms
 
     def step(self, step: int) -> Tensor:
@@ -199,8 +197,7 @@ class FineTuner:
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
-        names = [name for name, weight in self.settings.losses.model_dump().items() if weight]
-        return dict(zip(names, (t.detach() for t in terms), strict=True))
+        return dict(zip(self.loss_weights, (t.detach() for t in terms), strict=True))
 
     def _record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Record loss terms and, once the student learns, what happened to each layer's integers."""

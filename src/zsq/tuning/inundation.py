@@ -62,6 +62,8 @@ class InundatedSGD:
         self._weights = list(weights.values())
         self.buffers = [torch.zeros_like(w.master) for w in self._weights]
         self._groups = _equal_shapes(self._weights)
+        grouped = torch.tensor([i for group in self._groups for i in group])
+        self._order = grouped.argsort().to(self.buffers[0].device)
         self.shares = torch.zeros(len(self.names))
         self.multipliers = torch.ones(len(self.names))
 
@@ -108,9 +110,8 @@ class InundatedSGD:
             found, changed = decide(group, [directions[i] for i in group], target, cap)
             multipliers.append(found)
             shares.append(changed)
-        order = torch.tensor([i for group in self._groups for i in group]).argsort()
-        order = order.to(multipliers[0].device)
-        self.multipliers, self.shares = torch.cat(multipliers)[order], torch.cat(shares)[order]
+        self.multipliers = torch.cat(multipliers)[self._order]
+        self.shares = torch.cat(shares)[self._order]
         if target > 0:
             torch._foreach_mul_(directions, list(self.multipliers.unbind()))
 

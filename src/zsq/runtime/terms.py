@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recording loss terms that lie on a device, with one read of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zsq.errors import RunError
+from zsq.runtime.context import Context
+
+
+def record_terms(
+    context: Context, stage: str, step: int, terms: dict[str, Tensor], **values: object
+) -> None:
+    """Record loss terms with one read of the device; stop at NaN.
+
+    Raises:
+        RunError: a term is not finite.
+    """
+    names = list(terms)
+    read = torch.stack([terms[name].float() for name in names]).tolist() if names else []
+    for name, value in zip(names, read, strict=True):
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss term {name!r} became {value} at step {step} of {stage}. Lower "
+                "synthesis.lr or tuning.lr with --set, or try --precision fp32."
+            )
+    context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]
