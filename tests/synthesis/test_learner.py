@@ -90,6 +90,12 @@ def test_superposed_batches_come_as_often_as_asked(teacher):
     assert 0.3 < drawn.count(3) / 400 < 0.5
 
 
+def test_a_latent_that_does_not_fit_the_classifier_is_refused(teacher):
+    with pytest.raises(UsageError, match="latent"):
+        learner(teacher, generator="qimera", latent=7, embedding="classifier")
+    assert learner(teacher, generator="qimera", latent=7).generator.embedding.shape == (5, 7)
+
+
 def test_images_can_be_synthesised_alone(teacher):
     recipe = load_recipe(
         "gdfq", settings=["synthesis.steps=3", "synthesis.batch=8", "synthesis.images=11"]

@@ -46,11 +46,14 @@ def _gdfq(
 def _qimera(
     teacher: Teacher, settings: GeneratorSynthesis, classes: int, context: Context
 ) -> nn.Module:
-    extracted = settings.embedding == "classifier"
-    rows = classifier_rows(teacher.network) if extracted or settings.latent is None else None
+    extracted, latent = settings.embedding == "classifier", settings.latent
+    rows = classifier_rows(teacher.network) if extracted or latent is None else None
+    if latent is None and rows is not None:
+        latent = rows.shape[1]
+    assert latent is not None
     return QimeraGenerator(
         classes, teacher.info.input_shape, rows if extracted else None,
-        rows.shape[1] if rows is not None else settings.latent or 0,
+        latent,
         conditional=settings.conditional, disentangle=settings.disentangle,
         per_sample_norm=not settings.norm_as_released,
         rescale_rows=not settings.norm_as_released, divide_by_mixed=settings.norm_as_released,
