@@ -83,7 +83,7 @@ def ablation(
                 changes = [*VARIANTS[name], *settings]
                 recipe = load_recipe(host, bits=width, schedule=schedule, settings=changes)
                 student = attach(teacher, recipe)
-                tuner = FineTuner(student, Stream(generator.warmup), recipe.tuning, eager)
+                tuner = FineTuner(teacher, student, Stream(generator.warmup), recipe.tuning, eager)
                 students[width, name] = tuner
         first = generator.warmup - base.tuning.range_steps
         with compiled.reporter.task(f"{host}, seed {seed}", total) as task:

@@ -104,7 +104,7 @@ def tuner_on_generator(teacher: Teacher, settings: list[str], compile: bool) -> 
     )  # fmt: skip
     context = Context(policy=make_policy(precision="fp32", compile=compile))
     source = GeneratorLearner(teacher, recipe.synthesis, context, recipe.tuning.steps)
-    tuner = FineTuner(attach(teacher, recipe), source, recipe.tuning, context)
+    tuner = FineTuner(teacher, attach(teacher, recipe), source, recipe.tuning, context)
     for step in range(5):
         tuner.step(step)
     return tuner

@@ -26,6 +26,9 @@ from zsq.settings import (
     Losses,
     Override,
     Part,
+    PixelSynthesis,
+    Promotion,
+    RangeCalibration,
     Reconstruction,
     Synthesis,
     Tuning,
@@ -34,7 +37,8 @@ from zsq.settings import (
 
 __all__ = [
     "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses", "Override",
-    "Recipe", "Reconstruction", "load_recipe", "recipe_names", "to_yaml",
+    "PixelSynthesis", "Promotion", "RangeCalibration", "Recipe", "Reconstruction", "load_recipe",
+    "recipe_names", "to_yaml",
 ]  # fmt: skip
 
 
@@ -69,7 +73,9 @@ def _without_method(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return (*place[:1], *place[2:]) if chosen else place
 
 
-_METHODS = {("genie",), ("generator",), ("reconstruct",), ("finetune",)}
+_METHODS = {
+    ("genie",), ("generator",), ("pixels",), ("reconstruct",), ("finetune",), ("calibrate",),
+}  # fmt: skip
 
 
 def recipe_names() -> list[str]:

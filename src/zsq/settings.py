@@ -123,6 +123,59 @@ class GeneratorSynthesis(Part):
     """Steps of a search, where one is asked for."""
 
 
+class Crop(Part):
+    """Random resized crops, half of them mirrored."""
+
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Of a crop: per batch and step in synthesis, per image in training."""
+    smallest: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the area."""
+
+
+class PixelLosses(Part):
+    """Weights of the terms that pixels are optimised for; 0 leaves a term out."""
+
+    image_statistics: float = Field(default=0.0, ge=0)
+    """Every image's mean and standard deviation against the batch norms' (ZeroQ)."""
+    batch_statistics: float = Field(default=0.0, ge=0)
+    """The batch's mean and variance against the batch norms' (IntraQ, HAST)."""
+    cross_entropy: float = Field(default=0.0, ge=0)
+    """With random labels, weighted by ``difficulty`` (HAST)."""
+    soft_target: float = Field(default=0.0, ge=0)
+    """The label's probability against a random wanted one (soft inception, IntraQ)."""
+    class_band: float = Field(default=0.0, ge=0)
+    """The distance of pooled features to their class centre, kept within ``band`` (IntraQ)."""
+
+
+class PixelSynthesis(Part):
+    """Images whose pixels are optimised (ZeroQ, IntraQ, HAST)."""
+
+    method: Literal["pixels"] = "pixels"
+    images: int = Field(default=5120, ge=1)
+    """Images to make in all; the last batches are smaller where ``batch`` does not divide them."""
+    batch: int = Field(default=256, ge=2)
+    """Images that share batch statistics."""
+    parallel: int = Field(default=1, ge=1)
+    """Batches in flight side by side: speed where one does not fill the device, nothing else."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimisation steps per batch."""
+    lr: float = Field(default=0.5, gt=0)
+    """Rate of Adam."""
+    plateau_patience: int = Field(default=50, ge=1)
+    """Steps without a relatively 1e-4 better loss before the rate falls to a tenth."""
+    init_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the noise that pixels start from."""
+    losses: PixelLosses = PixelLosses(batch_statistics=1.0)
+    difficulty: float = Field(default=0.0, ge=0)
+    """Gamma of ``(1 - p)**gamma * CE``; 0 is the plain cross-entropy."""
+    soft_floor: float = Field(default=1.0, gt=0, le=1)
+    """Half of the wanted probabilities are drawn from here to 1, the others are 1."""
+    band: tuple[float, float] = (0.0, 2.0)
+    """Smallest and largest cosine distance to the class centre."""
+    crop: Crop | None = None
+    """Augmentation inside the loop."""
+
+
 class Calibration(Part):
     """How first activation steps are chosen; whatever tunes, edges that export adds need it too."""
 
@@ -132,6 +185,18 @@ class Calibration(Part):
     """Let two-sided activations have an off-centre zero point."""
     calibration_images: int = Field(default=256, ge=1)
     """Images that choose the first activation steps."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Per cent of the values that a range of kind ``percentile`` keeps at either end."""
+
+
+class RangeCalibration(Calibration):
+    """Ranges from images and nothing else: no training (ZeroQ, arXiv 2001.00281)."""
+
+    method: Literal["calibrate"] = "calibrate"
+    weights: Literal["minmax", "error"] = "minmax"
+    """Each output channel's range: its minimum and maximum, or that of the least rounding error."""
+    ranges: Literal["minmax", "percentile", "error"] = "minmax"
+    """Each activation's range, likewise, or without the outermost values."""
 
 
 class Reconstruction(Calibration):
@@ -181,6 +246,20 @@ class Losses(Part):
     """Kullback-Leibler divergence from teacher to student at `Finetuning.temperature`."""
     ce: float = Field(default=1.0, ge=0)
     """Cross-entropy with the labels that the images were made for."""
+    alignment: float = Field(default=0.0, ge=0)
+    """Distance of the blocks' channel attention from the teacher's (HAST)."""
+
+
+class Promotion(Part):
+    """Sample difficulty promotion (HAST, arXiv 2303.13826): learn also from images made harder."""
+
+    epsilon: float = Field(default=0.01, gt=0)
+    """Step of every pixel along the sign of the loss's gradient; in normalised units, 0.01 is about
+    0.6 of 255 grey levels."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the loss on the harder images beside that on the clean ones."""
+    through_teacher: bool = False
+    """Let the gradient that makes images harder flow through the teacher too, as in the public code."""
 
 
 class Inundation(Part):
@@ -214,9 +293,11 @@ class Finetuning(Calibration):
     """Steps that track activation ranges: the last ones of the warm-up, frozen after."""
     range_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running ranges."""
-    ranges: Literal["minmax", "error"] = "minmax"
-    """What is frozen: the tracked minimum and maximum, as published, or the range within them that
-    rounds the last warm-up batch with the least error (exponent ``power``)."""
+    ranges: Literal["minmax", "percentile", "error"] = "minmax"
+    """What is frozen: the tracked minimum and maximum, as published; or, of the last warm-up batch,
+    the range without its outermost values, or that of the least rounding error (exponent ``power``)."""
+    crop: Crop | None = None
+    """Augmentation of given images."""
     lr: float = Field(default=1e-4, gt=0)
     """Rate of SGD."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -229,6 +310,7 @@ class Finetuning(Calibration):
     temperature: float = Field(default=20.0, gt=0)
     kl_mean: Literal["element", "sample"] = "element"
     """Average the divergence over images and classes, as published, or over images only."""
+    promotion: Promotion | None = None
     inundation: Inundation | None = None
 
 
@@ -242,10 +324,10 @@ def _with_method(default: str) -> Callable[[object], object]:
 
 
 Synthesis = Annotated[
-    Annotated[GenieSynthesis | GeneratorSynthesis, Field(discriminator="method")],
+    Annotated[GenieSynthesis | GeneratorSynthesis | PixelSynthesis, Field(discriminator="method")],
     BeforeValidator(_with_method("genie")),
 ]
 Tuning = Annotated[
-    Annotated[Reconstruction | Finetuning, Field(discriminator="method")],
+    Annotated[Reconstruction | Finetuning | RangeCalibration, Field(discriminator="method")],
     BeforeValidator(_with_method("reconstruct")),
 ]

@@ -9,15 +9,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from zsq.config import Finetuning, GeneratorSynthesis, Recipe, load_recipe
+from zsq.config import (
+    Finetuning,
+    GeneratorSynthesis,
+    PixelSynthesis,
+    RangeCalibration,
+    Recipe,
+    Reconstruction,
+    load_recipe,
+)
 from zsq.evaluation.folder import load_images, open_folder
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
-from zsq.student import Student, attach
+from zsq.student import Student, attach, calibrate_student
 from zsq.synthesis.batches import FixedImages
-from zsq.synthesis.genie import predict, synthesize_genie
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.genie import synthesize_genie
+from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner, synthesize_with_generator
+from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.equalize import equalized
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
@@ -29,7 +38,7 @@ Images = ImageSet | Tensor | str | Path | None
 def synthesize(
     teacher: Teacher, recipe: Recipe | str = "genie", *, context: Context | None = None
 ) -> ImageSet:
-    """Make images from a teacher's batch norm statistics.
+    """Make images from a teacher alone.
 
     Args:
         teacher: from `load_teacher`.
@@ -43,6 +52,8 @@ def synthesize(
     settings, context = load_recipe(recipe).synthesis, context or Context()
     if isinstance(settings, GeneratorSynthesis):
         return synthesize_with_generator(teacher, settings, context)
+    if isinstance(settings, PixelSynthesis):
+        return synthesize_pixels(teacher, settings, context)
     return synthesize_genie(teacher, settings, context)
 
 
@@ -51,14 +62,19 @@ def tune(
 ) -> Student:
     """Tune a student on images with its recipe's tuner; return it frozen on integers."""
     settings, context = student.recipe.tuning, context or Context()
-    if not isinstance(settings, Finetuning):
-        return reconstruct(teacher, student, images, context)
     images.check(student.info.input_shape)
+    if isinstance(settings, Reconstruction):
+        return reconstruct(teacher, student, images, context)
+    if isinstance(settings, RangeCalibration):
+        context.policy.place(student.network)
+        pixels = images.images.to(context.policy.device)
+        calibrate_student(student, pixels, rule=settings.ranges)
+        return student.freeze()
 
     def fixed(steps: int) -> FixedImages:
-        return FixedImages(teacher, images, settings.batch, settings.range_steps, context)
+        return FixedImages(teacher, images, settings, context)
 
-    return finetune(student, fixed, context)[0]
+    return finetune(teacher, student, fixed, context)[0]
 
 
 def tune_with_generator(
@@ -80,7 +96,7 @@ def tune_with_generator(
     def learning(steps: int) -> GeneratorLearner:
         return GeneratorLearner(teacher, settings, context, settings.steps + steps)
 
-    student, source = finetune(student, learning, context)
+    student, source = finetune(teacher, student, learning, context)
     with seeded(context.seed, "kept images"):
         return student, cast(GeneratorLearner, source).draw(settings.images)
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from zsq.config import Finetuning, Recipe, Reconstruction
+from zsq.config import Finetuning, RangeCalibration, Recipe, Reconstruction
 from zsq.errors import UsageError
 from zsq.functional.affine import search_weight_grid
+from zsq.functional.ranges import RangeRule
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantize_layers
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.quantizers.protocol import Placement, place
 from zsq.quantizers.weight import SoftRoundWeight, round_to_nearest
+from zsq.settings import Tuning
 from zsq.teacher.fold import fold_batch_norms
 from zsq.teacher.teacher import ModelInfo, Teacher
 
@@ -85,7 +87,8 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
 
     For reconstruction weights start on their searched grid: learned rounding where there are steps,
     the nearest code where there are none. For fine-tuning they are master weights on a min-max grid
-    that moves with them. Activation quantizers are off until tuning gives them a range.
+    that moves with them; for mere calibration they are rounded at once. Activation quantizers are
+    off until tuning gives them a range.
 
     Args:
         teacher: stays as it is.
@@ -110,30 +113,36 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     return student.to(device).eval()
 
 
-def _weight_quantizer(weight: Tensor, bits: int, tuning: Reconstruction | Finetuning) -> nn.Module:
+def _weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
     """Return what a weight goes through while it is tuned as the recipe says."""
     if isinstance(tuning, Finetuning):
         return MinMaxWeight(weight, bits)
+    if isinstance(tuning, RangeCalibration) and tuning.weights == "minmax":
+        return MinMaxWeight(weight, bits).freeze()
     grid = search_weight_grid(weight, bits, power=tuning.power)
-    if tuning.steps == 0:
+    if isinstance(tuning, RangeCalibration) or tuning.steps == 0:
         return round_to_nearest(weight, bits, grid)
     return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
 
 
-def _activation_quantizer(bits: int, tuning: Reconstruction | Finetuning) -> ActivationQuantizer:
+def _activation_quantizer(bits: int, tuning: Tuning) -> ActivationQuantizer:
     if isinstance(tuning, Finetuning):
         return TrackedActivation(bits, decay=tuning.range_decay)
-    return ActivationQuantizer(bits, log_scale=tuning.log_scale)
+    log_scale = isinstance(tuning, Reconstruction) and tuning.log_scale
+    return ActivationQuantizer(bits, log_scale=log_scale)
 
 
 @torch.no_grad()
-def calibrate_student(student: Student, images: Tensor, *, batch: int = 128) -> None:
+def calibrate_student(
+    student: Student, images: Tensor, *, batch: int = 128, rule: RangeRule = "error"
+) -> None:
     """Give every activation quantizer that has none a step from ``images``, in one pass.
 
     Args:
         student: its uncalibrated quantizers are calibrated and switched on.
         images: (N, C, H, W), normalised.
         batch: images per pass.
+        rule: how ranges are chosen.
 
     Raises:
         UsageError: ``images`` do not have the student's input shape.
@@ -146,6 +155,9 @@ def calibrate_student(student: Student, images: Tensor, *, batch: int = 128) -> 
     tuning = student.recipe.tuning
     names = {n: q for n, q in student.quantizers().items() if not bool(q.calibrated)}
     batches = list(torch.split(images[: tuning.calibration_images], batch))
-    calibrate(student.network, names, batches, power=tuning.power, asymmetric=tuning.asymmetric)
+    calibrate(
+        student.network, names, batches, power=tuning.power, asymmetric=tuning.asymmetric, rule=rule,
+        percentile=tuning.percentile,
+    )  # fmt: skip
     for quantizer in names.values():
         quantizer.enabled = True

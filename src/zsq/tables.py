@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from zsq.config import GeneratorSynthesis, Recipe, Reconstruction, to_yaml
+from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
+from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
 
 
@@ -147,6 +148,8 @@ def _schedule(recipe: Recipe) -> str:
         images = f"{synthesis.images} images x {synthesis.steps} steps"
     if isinstance(tuning, Reconstruction):
         return f"{images}, {tuning.steps} steps a {tuning.unit}"
+    if isinstance(tuning, RangeCalibration):
+        return f"{images}, no training"
     return f"{images}, {tuning.steps} student steps"
 
 
@@ -154,13 +157,14 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     """Show one recipe with the meaning of its settings."""
     yield escape(to_yaml(recipe))
     table = _table("what the settings mean", "setting", "meaning")
-    parts = {
+    parts: dict[str, Part] = {
         "synthesis": recipe.synthesis, "tuning": recipe.tuning,
-        "tuning.losses": getattr(recipe.tuning, "losses", None),
-        "tuning.inundation": getattr(recipe.tuning, "inundation", None),
     }  # fmt: skip
+    for part, settings in list(parts.items()):
+        nested = {f"{part}.{name}": value for name, value in settings if isinstance(value, Part)}
+        parts |= nested
     for part, settings in parts.items():
-        for name, field in type(settings).model_fields.items() if settings else ():
+        for name, field in type(settings).model_fields.items():
             if field.description:
                 table.add_row(f"{part}.{name}", escape(field.description))
     yield table

@@ -18,7 +18,9 @@ from zsq.runtime.checkpoints import Checkpoints, load_tensors, save_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
 from zsq.runtime.policy import Policy
-from zsq.synthesis.genie import Plateau, batch_sizes, synthesize_genie
+from zsq.synthesis.batches import batch_sizes
+from zsq.synthesis.genie import synthesize_genie
+from zsq.synthesis.plateau import Plateau
 from zsq.teacher.teacher import load_teacher
 
 QUICK = GenieSynthesis(images=6, batch=6, steps=2, latent=8)

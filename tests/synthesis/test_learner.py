@@ -8,7 +8,7 @@ import torch
 from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
 from torch import nn
 
-from zsq.config import GeneratorSynthesis, load_recipe
+from zsq.config import Finetuning, GeneratorSynthesis, load_recipe
 from zsq.errors import RunError, UsageError
 from zsq.runtime.context import Context
 from zsq.stages import synthesize
@@ -126,7 +126,7 @@ def test_a_network_without_batch_norms_is_refused():
 
 def test_fixed_batches_show_every_image_once_a_round(teacher):
     images = ImageSet(smooth_images(12), torch.arange(12) % 5)
-    source = FixedImages(teacher, images, 5, 2, Context())
+    source = FixedImages(teacher, images, Finetuning(batch=5, range_steps=2), Context())
     seen = torch.cat([source.next(1.0).images for _ in range(12)])
     assert len(seen) == 60
     counts = [int((seen == image).flatten(1).all(1).sum()) for image in images.images]
@@ -135,3 +135,20 @@ def test_fixed_batches_show_every_image_once_a_round(teacher):
     with torch.no_grad():
         assert torch.allclose(batch.logits, teacher(batch.images), atol=1e-4)
     assert batch.targets.sum(1).tolist() == [1.0] * 5
+
+
+def test_crops_are_left_to_whoever_asks_the_teacher(teacher):
+    images = ImageSet(smooth_images(12), torch.arange(12) % 5)
+    settings = Finetuning(batch=6, crop={"probability": 1.0, "smallest": 0.3})
+    source = FixedImages(teacher, images, settings, Context())
+    batch = source.next(1.0)
+    assert batch.logits is None
+    assert batch.images.shape == (6, 3, 8, 8)
+    assert not any(bool((batch.images == image).all()) for image in images.images)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_outside_the_classes_are_refused(teacher, label):
+    images = ImageSet(smooth_images(2), torch.tensor([0, label]))
+    with pytest.raises(UsageError, match="5 classes, 0 to 4"):
+        FixedImages(teacher, images, Finetuning(), Context())

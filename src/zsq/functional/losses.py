@@ -23,7 +23,7 @@ def kl_divergence(
 
     Args:
         student: logits (N, C).
-        teacher: logits (N, C); no gradient reaches them.
+        teacher: logits (N, C).
         temperature: of both softmaxes.
         mean: over elements, as published (GDFQ, arXiv 2003.03603), or over samples.
 
@@ -36,7 +36,7 @@ def kl_divergence(
         >>> kl_divergence(logits, logits).item()
         0.0
     """
-    wanted = (teacher.detach().float() / temperature).log_softmax(1)
+    wanted = (teacher.float() / temperature).log_softmax(1)
     given = (student.float() / temperature).log_softmax(1)
     total = (wanted.exp() * (wanted - given)).sum()
     count = student.numel() if mean == "element" else len(student)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from zsq.functional.affine import search_activation_grid
+from zsq.functional.ranges import RangeRule, range_grid
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.protocol import Placement
@@ -118,7 +118,7 @@ def _sample(x: Tensor, room: int) -> Tensor:
 @torch.no_grad()
 def calibrate(
     network: GraphModule, names: dict[str, ActivationQuantizer], batches: list[Tensor], *,
-    power: float = 2.4, asymmetric: bool = True,
+    power: float = 2.4, asymmetric: bool = True, rule: RangeRule = "error", percentile: float = 99.99,
 ) -> None:  # fmt: skip
     """Choose the first step of activation quantizers from data.
 
@@ -128,6 +128,8 @@ def calibrate(
         batches: network inputs.
         power: exponent of the error that the search minimises.
         asymmetric: allow off-centre zero points for two-sided data.
+        rule: how a range is chosen, see `range_grid`.
+        percentile: per cent of the values that rule ``percentile`` keeps at either end.
     """
     recorder = _Recorder(network, set(names))
     recorder.room = max(SAMPLE // max(len(batches), 1), 1024)
@@ -135,6 +137,7 @@ def calibrate(
         recorder.run(batch)
     for name, quantizer in names.items():
         sample = torch.cat(recorder.samples[name])
-        quantizer.set_grid(
-            search_activation_grid(sample, quantizer.bits, power=power, asymmetric=asymmetric)
+        grid = range_grid(
+            sample, quantizer.bits, rule, power=power, asymmetric=asymmetric, percentile=percentile
         )
+        quantizer.set_grid(grid)

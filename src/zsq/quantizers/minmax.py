@@ -69,10 +69,15 @@ class MinMaxWeight(nn.Module):
 
     Attributes:
         master: the learned weight.
+        held: the rounded weight that all passes share, while there is one
+            (`zsq.tuning.promotion.rounded_once`).
     """
+
+    held: Tensor | None
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
+        self.held = None
         self.bits = bits
         self.master = nn.Parameter(weight.detach().clone())
 
@@ -93,6 +98,8 @@ class MinMaxWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the rounded weight."""
+        if self.held is not None:
+            return self.held
         scale, zero_point = self.grid()
         return straight_through(self.master, scale, zero_point, quant_max(self.bits))
 

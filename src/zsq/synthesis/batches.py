@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from zsq.config import Finetuning
+from zsq.errors import UsageError
+from zsq.functional.crop import crop, random_windows
 from zsq.runtime.context import Context
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import Teacher
@@ -18,19 +22,32 @@ from zsq.teacher.teacher import Teacher
 PASS = 128
 
 
+def batch_sizes(images: int, batch: int) -> list[int]:
+    """Split ``images`` into the fewest batches of at most ``batch``, as equal as possible.
+
+    Statistics of a tiny last batch would be noise, so the remainder is spread.
+
+    Example:
+        >>> batch_sizes(300, 128)
+        [100, 100, 100]
+    """
+    count = math.ceil(images / batch)
+    return [images // count + (i < images % count) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a student learns from in one step.
 
     Attributes:
         images: (N, C, H, W), normalised, on the device that computes.
-        logits: the teacher's, (N, classes).
+        logits: the teacher's, (N, classes); None where whoever learns has to ask the teacher.
         targets: the labels that the images were made for, as distributions (N, classes).
         terms: values to record, scalar tensors by name.
     """
 
     images: Tensor
-    logits: Tensor
+    logits: Tensor | None
     targets: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
@@ -58,25 +75,27 @@ class FixedImages:
     """Batches of a set of images: a fresh permutation each time round, nothing dropped.
 
     Args:
-        teacher: its logits are computed once.
+        teacher: its logits are computed once, unless every look at an image is another crop.
         images: the set.
-        batch: images per step, at most all.
-        warmup: batches to let pass before the student learns.
+        settings: images per step (at most all), crops, batches that set ranges.
         context: says where to compute.
+
+    Raises:
+        UsageError: a label is not a class of the teacher.
     """
 
     def __init__(
-        self, teacher: Teacher, images: ImageSet, batch: int, warmup: int, context: Context
+        self, teacher: Teacher, images: ImageSet, settings: Finetuning, context: Context
     ) -> None:
         device = context.policy.device
         network = context.policy.place(teacher.network)
-        self.warmup = warmup
-        self.size = min(batch, len(images))
+        self.warmup = settings.range_steps
+        self.size = min(settings.batch, len(images))
+        self.crop = settings.crop
         self.images = images.images.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             self.logits = torch.cat([network(part) for part in torch.split(self.images, PASS)])
-        labels = images.labels.to(device)
-        self.targets = one_hot(labels, self.logits.shape[1]).float()
+        self.targets = _one_hot(images.labels, self.logits.shape[1]).to(device)
         self.order = torch.empty(0, dtype=torch.long)
 
     def next(self, rate: float) -> Batch:
@@ -85,7 +104,11 @@ class FixedImages:
             self.order = torch.cat([self.order, torch.randperm(len(self.images))])
         chosen, self.order = self.order[: self.size], self.order[self.size :]
         chosen = chosen.to(self.images.device)
-        return Batch(self.images[chosen], self.logits[chosen], self.targets[chosen])
+        images, targets = self.images[chosen], self.targets[chosen]
+        if self.crop is None:
+            return Batch(images, self.logits[chosen], targets)
+        windows = random_windows(self.size, self.crop.smallest, self.crop.probability)
+        return Batch(crop(images, windows.to(images.device)), None, targets)
 
     def state(self) -> dict[str, Tensor]:
         """Return what is left of the current permutation."""
@@ -94,3 +117,13 @@ class FixedImages:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on with a permutation."""
         self.order = state["order"]
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"the images have labels from {low} to {high} but the network has {classes} classes, 0 "
+            f"to {classes - 1}; use images labelled for this network."
+        )
+    return one_hot(labels, classes).float()

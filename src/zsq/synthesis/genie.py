@@ -26,53 +26,15 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
 from zsq.runtime.tasks import Task
+from zsq.synthesis.batches import batch_sizes
 from zsq.synthesis.generator import Generator
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.images import ImageSet, predict
+from zsq.synthesis.plateau import Plateau
 from zsq.teacher.taps import strided_nodes, tap_batch_norms
 from zsq.teacher.teacher import Teacher
 
 #: Steps between two records of the loss, and between two looks for NaN.
 RECORD_EVERY = 50
-
-
-class Plateau:
-    """Divide a learning rate by ten when the loss stops falling, without reading the device.
-
-    The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` with a relative threshold of 1e-4,
-    applied after every step, on tensors.
-
-    Args:
-        rate: the learning rate, a scalar tensor that is changed in place.
-        patience: steps without a better loss that are tolerated.
-        floor: the smallest rate.
-    """
-
-    def __init__(self, rate: Tensor, patience: int, floor: float = 1e-4) -> None:
-        self.rate, self.patience, self.floor = rate, patience, floor
-        self.best = torch.full_like(rate, torch.inf)
-        self.waited = torch.zeros_like(rate)
-
-    def step(self, loss: Tensor) -> None:
-        """Take note of a loss."""
-        better = loss < self.best * (1 - 1e-4)
-        self.best = torch.where(better, loss, self.best)
-        self.waited = torch.where(better, 0.0, self.waited + 1)
-        late = self.waited > self.patience
-        self.rate.copy_(torch.where(late, (self.rate * 0.1).clamp(min=self.floor), self.rate))
-        self.waited = torch.where(late, 0.0, self.waited)
-
-
-def batch_sizes(images: int, batch: int) -> list[int]:
-    """Split ``images`` into the fewest batches of at most ``batch``, as equal as possible.
-
-    Statistics of a tiny last batch would be noise, so the remainder is spread.
-
-    Example:
-        >>> batch_sizes(300, 128)
-        [100, 100, 100]
-    """
-    count = math.ceil(images / batch)
-    return [images // count + (i < images % count) for i in range(count)]
 
 
 @dataclass
@@ -198,15 +160,3 @@ def _record(context: Context, loss: Tensor, step: int, index: int) -> None:
             "synthesis.generator_lr with --set, or try --precision fp32."
         )
     context.record("synthesis", step, loss=value, batch=index)
-
-
-@torch.no_grad()
-def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
-    """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
-    network = context.policy.place(teacher.network)
-    return torch.cat(
-        [
-            network(part.to(context.policy.device)).argmax(1).cpu()
-            for part in torch.split(images, 128)
-        ]
-    )

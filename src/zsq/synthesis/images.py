@@ -11,6 +11,8 @@ from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.runtime.checkpoints import load_tensors, save_tensors
+from zsq.runtime.context import Context
+from zsq.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,15 @@ class ImageSet:
         if not bool(torch.isfinite(self.images).all()):
             raise UsageError("the images hold NaN or Inf.")
         return self
+
+
+@torch.no_grad()
+def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
+    """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
+    network = context.policy.place(teacher.network)
+    return torch.cat(
+        [
+            network(part.to(context.policy.device)).argmax(1).cpu()
+            for part in torch.split(images, 128)
+        ]
+    )

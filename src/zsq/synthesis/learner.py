@@ -23,8 +23,7 @@ from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.generators import build_generator
-from zsq.synthesis.genie import predict
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.labels import Labels, plain_labels, superposed_labels
 from zsq.synthesis.objective import GeneratorObjective, count_classes
 from zsq.teacher.teacher import Teacher

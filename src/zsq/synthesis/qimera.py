@@ -11,8 +11,9 @@ from torch.nn.functional import embedding_bag, layer_norm
 from zsq.errors import UsageError
 from zsq.synthesis.conditional import RELEASED_EPS, Trunk
 from zsq.synthesis.labels import Labels
-from zsq.teacher.fold import module_of, tensor_inputs
+from zsq.teacher.fold import module_of
 from zsq.teacher.layers import Layer
+from zsq.teacher.taps import classifier_node
 
 
 class QimeraGenerator(nn.Module):
@@ -109,23 +110,9 @@ def _first_rows(embedding: Tensor | None, classes: int, latent: int, rescale: bo
 def classifier_rows(network: GraphModule) -> Tensor:
     """Return the weight of the layer that computes a network's logits, (classes, D) float32.
 
-    The layer is found from the output backwards, through operators of one operand (pooling,
-    activation, flatten): what classifies may be a linear layer or a convolution.
-
-    Args:
-        network: from `zsq.teacher.graph.build_network`.
-
     Raises:
         UsageError: the logits are not one layer's outputs.
     """
-    node = next(n for n in network.graph.nodes if n.op == "output").all_input_nodes[0]
-    while not isinstance(module := module_of(network, node), Layer):
-        operands = tensor_inputs(node)
-        if len(operands) != 1:
-            raise UsageError(
-                f"the network's logits come from {node.name!r}, which has {len(operands)} operands "
-                "where a single classifier layer was expected, so there are no rows to start the "
-                "label embedding at. Start it at random."
-            )
-        node = operands[0]
-    return module.weight.detach().float().flatten(1).clone()
+    layer = module_of(network, classifier_node(network))
+    assert isinstance(layer, Layer)
+    return layer.weight.detach().float().flatten(1).clone()

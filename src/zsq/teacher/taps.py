@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.errors import UsageError
 from zsq.functional.shift import Shift
-from zsq.teacher.fold import module_of
+from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer
 
 #: Added to the stored variance before the root, as in the published code (the layer's own is 1e-5).
@@ -39,7 +39,7 @@ def batch_norm_nodes(network: GraphModule) -> list[Node]:
 
 
 def tap_batch_norms(
-    network: GraphModule, *, swing: bool = False, logits: bool = False
+    network: GraphModule, *, swing: bool = False, logits: bool = False, features: bool = False
 ) -> tuple[GraphModule, list[StatisticsTarget]]:
     """Build the tapped copy of a network.
 
@@ -49,12 +49,13 @@ def tap_batch_norms(
             convolution, arXiv 2212.04780, section 4.1). The copy then takes, after the images, an
             integer tensor (shifts, 2) of offsets (`zsq.functional.shift.random_offsets`).
         logits: return the pair (logits, batch norm inputs) from one pass.
+        features: return (logits, what the classifier reads, batch norm inputs).
 
     Returns:
         The tapped network, whose output is the list of batch norm inputs, and their targets.
 
     Raises:
-        UsageError: no batch norm has stored statistics.
+        UsageError: no batch norm has stored statistics, or no single layer computes the logits.
     """
     tapped = copy.deepcopy(network)
     taps = batch_norm_nodes(tapped)
@@ -68,13 +69,39 @@ def tap_batch_norms(
         _insert_shifts(tapped)
     output = next(n for n in tapped.graph.nodes if n.op == "output")
     inputs = tuple(n.args[0] for n in taps)
-    output.args = ((output.all_input_nodes[0], inputs),) if logits else (inputs,)
+    wanted: list[Node] = [output.all_input_nodes[0]] if logits or features else []
+    if features:
+        wanted.append(tensor_inputs(classifier_node(tapped))[0])
+    output.args = ((*wanted, inputs),) if wanted else (inputs,)
     tapped.graph.eliminate_dead_code()
     targets = [_target(tapped, node) for node in taps]
     tapped.delete_all_unused_submodules()
     tapped.graph.lint()
     tapped.recompile()
     return tapped.eval().requires_grad_(False), targets
+
+
+def classifier_node(network: GraphModule) -> Node:
+    """Return the node of the layer that computes a network's logits.
+
+    It is found from the output backwards, through operators of one operand (pooling, activation,
+    flatten): what classifies may be a linear layer or a convolution.
+
+    Raises:
+        UsageError: the logits are not one layer's outputs.
+    """
+    output = next(n for n in network.graph.nodes if n.op == "output")
+    node: Node = output.all_input_nodes[0]
+    while not isinstance(module_of(network, node), Layer):
+        operands = tensor_inputs(node)
+        if len(operands) != 1:
+            raise UsageError(
+                f"the network's logits come from {node.name!r}, which has {len(operands)} operands "
+                "where a single classifier layer was expected; settings that need the classifier "
+                "(its rows, its features) do not work with this network."
+            )
+        node = operands[0]
+    return node
 
 
 def _target(network: GraphModule, node: Node) -> StatisticsTarget:

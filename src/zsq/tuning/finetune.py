@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from zsq.config import Finetuning
-from zsq.functional.generator_loss import soft_cross_entropy
-from zsq.functional.losses import kl_divergence
 from zsq.functional.schedules import milestone_factor
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate
@@ -30,28 +28,23 @@ from zsq.runtime.optimizers import (
     restore_generators,
     restore_optimizer,
 )
-from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
+from zsq.teacher.teacher import Teacher
 from zsq.tuning.inundation import InundatedSGD
+from zsq.tuning.objective import Objective
+from zsq.tuning.promotion import learn_from_harder
 
 #: Steps between two records, and so between two reads of the device.
 RECORD_EVERY = 50
 #: Steps between two checkpoints.
 CHECKPOINT_EVERY = 200
 
-#: The terms that a student can learn from: functions of its logits, the batch and the settings.
-TERMS: dict[str, Callable[[Tensor, Batch, Finetuning], Tensor]] = {
-    "kl": lambda outputs, batch, settings: kl_divergence(
-        outputs, batch.logits, settings.temperature, settings.kl_mean
-    ),
-    "ce": lambda outputs, batch, settings: soft_cross_entropy(outputs, batch.targets),
-}
-
 
 def finetune(
+    teacher: Teacher,
     student: Student,
     make_source: Callable[[int], ImageSource],
     context: Context,
@@ -59,6 +52,7 @@ def finetune(
     """Let a student learn from a source of images.
 
     Args:
+        teacher: what the student was attached to.
         student: from `zsq.student.attach`, unfrozen; tuned in place.
         make_source: builds the source for a number of steps; drawn numbers, its initial weights
             among them, come from the run's seed.
@@ -74,7 +68,7 @@ def finetune(
     assert isinstance(settings, Finetuning)
     with seeded(context.seed, "finetune"):
         source = make_source(settings.steps)
-        loop = FineTuner(student, source, settings, context)
+        loop = FineTuner(teacher, student, source, settings, context)
         total = source.warmup + settings.steps
         start = loop.resume()
         with context.reporter.task("fine-tuning", total, completed=start) as task:
@@ -89,6 +83,7 @@ class FineTuner:
     """The state of a fine-tuning run; `finetune` drives it.
 
     Args:
+        teacher: what the student was attached to.
         student: tuned in place.
         source: gives the batches.
         settings: of the recipe.
@@ -100,8 +95,9 @@ class FineTuner:
     """
 
     def __init__(
-        self, student: Student, source: ImageSource, settings: Finetuning, context: Context
-    ) -> None:
+        self, teacher: Teacher, student: Student, source: ImageSource, settings: Finetuning,
+        context: Context,
+    ) -> None:  # fmt: skip
         self.student, self.source = student, source
         self.settings, self.context = settings, context
         context.policy.place(student.network)
@@ -122,25 +118,11 @@ class FineTuner:
             self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
             grid=rule.grid if rule else "frozen", guarantee=rule.guarantee if rule else True,
         )  # fmt: skip
-        self.loss_weights = {name: w for name, w in settings.losses.model_dump().items() if w}
         self.rest_rule = torch.optim.SGD(
             self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )  # fmt: skip
-        # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
-        policy = context.policy
-        worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
-        self.loss = Compiled(self._loss, enabled=worth, note=context.reporter.note)
-
-    def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss and each of its terms."""
-        with self.context.policy.autocast():
-            outputs = self.student(images)
-        batch = Batch(images, logits, targets)
-        terms = [
-            w * TERMS[name](outputs, batch, self.settings) for name, w in self.loss_weights.items()
-        ]
-        return torch.stack(terms).sum(), *terms
+        self.objective = Objective(teacher, student, settings, context)
 
     def step(self, step: int) -> Tensor:
         """Make one step of the source, of the ranges or of the student; return a loss to show."""
@@ -170,23 +152,29 @@ class FineTuner:
     def _freeze_ranges(self, images: Tensor) -> None:
         for quantizer in self.ranges.values():
             quantizer.tracking = False
-        if self.settings.ranges == "error":
+        if self.settings.ranges != "minmax":
             searched: dict[str, ActivationQuantizer] = {**self.ranges}
             for quantizer in self.ranges.values():
                 quantizer.enabled = False
             calibrate(
                 self.student.network, searched, [images],
                 power=self.settings.power, asymmetric=self.settings.asymmetric,
+                rule=self.settings.ranges, percentile=self.settings.percentile,
             )  # fmt: skip
             for quantizer in self.ranges.values():
                 quantizer.enabled = True
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
         """Make one step of the student; ``measure`` what it changed also without inundation."""
-        loss, *terms = self.loss(batch.images, batch.logits, batch.targets)
         self.rest_rule.zero_grad()
         self.weight_rule.zero_grad()
-        loss.backward()
+        if self.settings.promotion is None:
+            loss, terms = self.objective(batch.images, self.objective.lesson(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            terms = learn_from_harder(
+                self.objective, batch, self.settings.promotion, self.weights.values()
+            )
         rate = self.settings.lr * factor
         for group in self.rest_rule.param_groups:
             group["lr"] = rate
@@ -197,7 +185,7 @@ class FineTuner:
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
-        return dict(zip(self.loss_weights, (t.detach() for t in terms), strict=True))
+        return {name: term.detach() for name, term in terms.items()}
 
     def _record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Record loss terms and, once the student learns, what happened to each layer's integers."""

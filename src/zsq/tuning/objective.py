@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fine-tuned student learns from: named, weighted terms of its outputs and the teacher's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsq.config import Finetuning
+from zsq.functional.alignment import alignment_loss
+from zsq.functional.generator_loss import soft_cross_entropy
+from zsq.functional.losses import kl_divergence
+from zsq.runtime.context import Context
+from zsq.runtime.policy import Compiled
+from zsq.student import Student, prepared_network
+from zsq.synthesis.batches import Batch
+from zsq.teacher.blocks import block_outputs, tap_nodes
+from zsq.teacher.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one pass of the student is compared with.
+
+    Attributes:
+        logits: the teacher's, (N, classes).
+        targets: distributions over classes, (N, classes).
+        features: the teacher's block outputs, where a term compares them.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    features: tuple[Tensor, ...] = ()
+
+
+#: The terms: functions of the student's logits and block outputs, the lesson, and the settings.
+TERMS: dict[str, Callable[[Tensor, tuple[Tensor, ...], Lesson, Finetuning], Tensor]] = {
+    "kl": lambda outputs, features, lesson, settings: kl_divergence(
+        outputs, lesson.logits, settings.temperature, settings.kl_mean
+    ),
+    "ce": lambda outputs, features, lesson, settings: soft_cross_entropy(outputs, lesson.targets),
+    "alignment": lambda outputs, features, lesson, settings: alignment_loss(
+        features, lesson.features
+    ),
+}
+#: Terms that compare block outputs.
+FEATURE_TERMS = frozenset({"alignment"})
+
+
+class Objective:
+    """The student's loss on a batch.
+
+    Args:
+        teacher: with the student's graph, apart from quantizers.
+        student: already where it is computed.
+        settings: of the recipe.
+        context: device, precision, compilation.
+
+    Attributes:
+        names: of the terms that have a weight.
+    """
+
+    def __init__(
+        self, teacher: Teacher, student: Student, settings: Finetuning, context: Context
+    ) -> None:
+        policy = context.policy
+        self.settings, self.policy = settings, policy
+        self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
+        self.names = list(self.weights)
+        network = prepared_network(teacher, student.recipe)
+        aligned = FEATURE_TERMS & set(self.names)
+        blocks = block_outputs(network, student.info.input_shape) if aligned else []
+        self.blocks = blocks
+        self.student = tap_nodes(student.network, blocks)
+        self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)
+        # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
+        worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
+        self._compiled = Compiled(self._terms, enabled=worth, note=context.reporter.note)
+
+    def lesson(self, batch: Batch, *, differentiable: bool = False) -> Lesson:
+        """Ask the teacher about a batch, unless its source did and nothing else is needed.
+
+        Args:
+            batch: the images.
+            differentiable: let gradients pass from the lesson to the images.
+        """
+        if batch.logits is not None and not self.blocks and not differentiable:
+            return Lesson(batch.logits, batch.targets)
+        watched = contextlib.nullcontext() if differentiable else torch.no_grad()
+        with watched, self.policy.autocast():
+            logits, *features = self.teacher(batch.images)
+        return Lesson(logits.float(), batch.targets, tuple(features))
+
+    def __call__(self, images: Tensor, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its weighted terms; one pass of the student."""
+        terms = self._compiled(images, lesson.logits, lesson.targets, *lesson.features)
+        return torch.stack(terms).sum(), dict(zip(self.names, terms, strict=True))
+
+    def _terms(
+        self, images: Tensor, logits: Tensor, targets: Tensor, *features: Tensor
+    ) -> list[Tensor]:
+        with self.policy.autocast():
+            outputs, *ours = self.student(images)
+        lesson = Lesson(logits, targets, features)
+        return [
+            w * TERMS[name](outputs, tuple(ours), lesson, self.settings)
+            for name, w in self.weights.items()
+        ]
