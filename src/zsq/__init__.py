@@ -9,6 +9,7 @@
 
 from importlib.metadata import version
 
+from zsq.bits.choose import choose_bits
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save
@@ -23,6 +24,7 @@ __all__ = [
     "Student",
     "Teacher",
     "attach",
+    "choose_bits",
     "evaluate",
     "export",
     "inspect",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 import sys
 from typing import Annotated, Any
@@ -11,7 +10,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from zsq.errors import UsageError, ZsqError
+from zsq.errors import ZsqError
+from zsq.options import (
+    AllowPickle,
+    BitsOption,
+    Device,
+    InputShape,
+    Json,
+    Mean,
+    Model,
+    PrecisionChoice,
+    Quiet,
+    Schedule,
+    Std,
+    Weights,
+    integers,
+    numbers,
+)
 
 #: What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
@@ -20,48 +35,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Quantize a trained neural network without its data.",
 )  # fmt: skip
-
-
-class Schedule(enum.StrEnum):
-    """How long to train."""
-
-    quick = "quick"
-    full = "full"
-
-
-class PrecisionChoice(enum.StrEnum):
-    """Precision of synthesis."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-Model = Annotated[str, typer.Argument(help=(
-    "pytorchcv:NAME, torchvision:NAME, timm:NAME, zsq:NAME, path/to/file.py:function or a .pt2 file."
-))]  # fmt: skip
-Numbers = Annotated[str | None, typer.Option(help="Comma-separated numbers, e.g. 0.5,0.5,0.5.")]
-InputShape = Annotated[
-    str | None, typer.Option("--input-shape", help="One image: channels,height,width.")
-]
-Mean = Annotated[
-    str | None, typer.Option("--mean", help="Normalisation mean per channel, pixels in [0, 1].")
-]
-Std = Annotated[
-    str | None, typer.Option("--std", help="Normalisation standard deviation per channel.")
-]
-Weights = Annotated[str | None, typer.Option("--weights", help="Checkpoint to load, or 'random'.")]
-AllowPickle = Annotated[bool, typer.Option(
-    "--allow-pickle", help="Read pickled checkpoints. They run code from the file: only if you trust it."
-)]  # fmt: skip
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-BitsOption = Annotated[
-    str | None, typer.Option("--bits", help="Weights and activations, e.g. w4a4.")
-]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -89,6 +62,8 @@ def quantize(
         "Change a recipe field, e.g. tuning.steps=500."))] = None,
     images: Annotated[str | None, typer.Option("--images", help=(
         "Folder of real images to use instead of synthetic ones."))] = None,
+    images_from: Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
+        "Use the images of another run: its folder, or its images.safetensors."))] = None,
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
@@ -110,7 +85,8 @@ def quantize(
     pipeline.quantize(
         model, recipe, bits=bits, protocol=protocol, schedule=schedule.value, settings=settings or (),
         input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
-        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images, seed=seed,
+        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
+        images_from=images_from, seed=seed,
         device=device, precision=precision.value, compile=compile_, out=out, resume=resume,
         reporter=_reporter(quiet or as_json),
     )  # fmt: skip
@@ -197,6 +173,63 @@ def evaluate(
 
 
 @app.command()
+def bits(
+    model: Model,
+    budget: Annotated[str, typer.Option("--budget", help=(
+        "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
+        "(1.7MB), or bit operations of one image (2.5GBOP)."))],
+    out: Annotated[str | None, typer.Option("-o", "--out", help=(
+        "Folder for bits.yaml and its pictures."))] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
+    width: Annotated[str | None, typer.Option("--bits", help=(
+        "Activations of the result, as in w4a4."))] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol")] = None,
+    candidates: Annotated[str, typer.Option("--candidates", help="Widths to choose from.")] = "2,3,4,5,6,8",
+    images: Annotated[str | None, typer.Option("--images", help=(
+        "Folder of real images to measure with instead of synthetic ones."))] = None,
+    images_from: Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
+        "Measure with the images of another run."))] = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Device = "cpu",
+    precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Choose each layer's bits under a budget, by how much its rounding moves the answers."""
+    from pathlib import Path
+
+    from zsq.artifact.given import given_images
+    from zsq.bits.choose import choose_bits
+    from zsq.bits.plots import write_plan
+    from zsq.runtime.context import Context
+    from zsq.runtime.policy import make_policy
+    from zsq.tables import bits_tables
+    from zsq.teacher.teacher import load_teacher
+
+    teacher = load_teacher(
+        model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    policy = make_policy(device, precision.value, compile_)
+    plan = choose_bits(
+        teacher, budget, recipe, bits=width, protocol=protocol,
+        candidates=integers(candidates, "--candidates") or (),
+        images=given_images(images, images_from),
+        context=Context(seed, policy, _reporter(quiet or as_json)),
+    )  # fmt: skip
+    if out is not None:
+        write_plan(plan, Path(out))
+    result = plan.model_dump(mode="json") | {"average": plan.average(), "bytes": plan.bytes()}
+    _print(result, as_json, lambda: bits_tables(plan))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show one recipe in full.")] = None,
     as_json: Json = False,
@@ -236,36 +269,6 @@ def demo(
 
     result = run_demo(out, _reporter(quiet or as_json))
     _print(result, as_json, lambda: demo_table(result))
-
-
-def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """Read comma-separated numbers.
-
-    Raises:
-        UsageError: not numbers.
-
-    Example:
-        >>> numbers("0.5, 1", "--mean")
-        (0.5, 1.0)
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.replace("x", ",").split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a list of numbers like 0.5,0.5,0.5.") from error
-
-
-def integers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """Read comma-separated whole numbers.
-
-    Raises:
-        UsageError: not whole numbers.
-    """
-    found = numbers(text, option)
-    if found is not None and any(value != int(value) for value in found):
-        raise UsageError(f"{option} {text!r} must be whole numbers like 3,224,224.")
-    return None if found is None else tuple(int(value) for value in found)
 
 
 def _reporter(quiet: bool) -> Any:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from zsq.artifact.given import given_images, name_of
 from zsq.artifact.networkfile import (
     fingerprint,
     load_saved_teacher,
@@ -21,6 +22,8 @@ from zsq.artifact.networkfile import (
     save_teacher,
 )
 from zsq.artifact.runfolder import RunFolder
+from zsq.bits.plan import read_plan
+from zsq.bits.plots import write_plan
 from zsq.config import LARGE_SIDE, Recipe, load_recipe, to_yaml
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
@@ -53,6 +56,7 @@ def quantize(
     weights: str | None = None,
     allow_pickle: bool = False,
     images: Images = None,
+    images_from: str | Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     precision: Precision = "auto",
@@ -67,7 +71,7 @@ def quantize(
         model: a MODEL string (``pytorchcv:resnet20_cifar10``, ``file.py:function``, ``net.pt2``,
             ``zsq:resnet20_cifar10``, ...), a module, or an exported program. Not changed.
         recipe: name of a recipe, a YAML file, or a `Recipe`.
-        bits: like ``w4a4``; None keeps the recipe's.
+        bits: like ``w4a4``, or a bits file of `zsq bits`; None keeps the recipe's.
         protocol: ``edges-8bit``, ``integer`` or ``all-low-bit``; None keeps the recipe's.
         schedule: ``full`` as published, ``quick`` for a laptop.
         settings: ``KEY=VALUE`` changes of recipe fields.
@@ -79,6 +83,7 @@ def quantize(
         allow_pickle: read checkpoints that run code when read.
         images: real images instead of synthetic ones: an `ImageSet`, a normalised tensor
             (N, C, H, W), or an ImageFolder's path.
+        images_from: the images of another run: its folder, or its ``images.safetensors``.
         seed: every random draw derives from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of synthesis: ``auto`` is bf16 where the hardware has it.
@@ -104,10 +109,13 @@ def quantize(
         weights=weights,
         allow_pickle=allow_pickle,
     )
+    plan = read_plan(bits)
     resolved = load_recipe(
         recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
-        settings=settings, bits=bits, protocol=protocol,
+        settings=settings, protocol=protocol,
+        **(plan.changes(teacher) if plan else {"bits": bits}),
     )  # fmt: skip
+    images = given_images(images, images_from)
     policy = make_policy(device, precision, compile)
     reporter = reporter or QuietReporter()
     if out is None:
@@ -118,6 +126,8 @@ def quantize(
         checkpoints = Checkpoints(folder.file("checkpoints"))
         context = Context(seed, policy, reporter, checkpoints, metrics)
         student = _run(folder, teacher, resolved, images, context)
+    if plan is not None:
+        write_plan(plan, folder.path)
     folder.finish()
     return student
 
@@ -126,12 +136,11 @@ def _identity(
     teacher: Teacher, recipe: Recipe, seed: int, policy: Policy, images: Images
 ) -> dict[str, object]:
     """Everything that decides a run's result."""
-    source = str(images) if isinstance(images, (str, Path)) else None
     return {
         "model": teacher.info.reference, "network": fingerprint(teacher.network),
         "recipe": json.loads(recipe.model_dump_json()), "seed": seed,
         "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
-        "compile": policy.compile, "images": source or ("given" if images is not None else "synthetic"),
+        "compile": policy.compile, "images": name_of(images),
     }  # fmt: skip
 
 

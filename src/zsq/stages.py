@@ -122,10 +122,16 @@ def learns_together(recipe: Recipe, images: Images) -> bool:
 
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
+    teacher = prepared_teacher(teacher, recipe, images)
+    return tune(teacher, attach(teacher, recipe), images, context=context)
+
+
+def prepared_teacher(teacher: Teacher, recipe: Recipe, images: ImageSet) -> Teacher:
+    """Return the teacher folded and equalized, where the recipe folds."""
     if recipe.fold_batch_norm or recipe.protocol == "integer":
         sample = images.images[: recipe.tuning.calibration_images]
-        teacher = equalized(teacher, sample, recipe.equalize)
-    return tune(teacher, attach(teacher, recipe), images, context=context)
+        return equalized(teacher, sample, recipe.equalize)
+    return teacher
 
 
 def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:

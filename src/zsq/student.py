@@ -18,7 +18,7 @@ from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, qu
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.quantizers.protocol import Placement, place
-from zsq.quantizers.weight import SoftRoundWeight, round_to_nearest
+from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight, round_to_nearest
 from zsq.settings import Tuning
 from zsq.teacher.fold import fold_batch_norms
 from zsq.teacher.teacher import ModelInfo, Teacher
@@ -103,7 +103,7 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     network = prepared_network(teacher, recipe)
     placement = place(network, recipe.protocol, recipe.bits, recipe.overrides)
     quantize_layers(
-        network, placement, lambda layer, bits: _weight_quantizer(layer.weight, bits, recipe.tuning)
+        network, placement, lambda layer, bits: weight_quantizer(layer.weight, bits, recipe.tuning)
     )
     insert_quantizers(network, placement, lambda bits: _activation_quantizer(bits, recipe.tuning))
     student = Student(network, placement, teacher.info, recipe)
@@ -113,7 +113,7 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     return student.to(device).eval()
 
 
-def _weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
+def weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
     """Return what a weight goes through while it is tuned as the recipe says."""
     if isinstance(tuning, Finetuning):
         return MinMaxWeight(weight, bits)
@@ -123,6 +123,13 @@ def _weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
     if isinstance(tuning, RangeCalibration) or tuning.steps == 0:
         return round_to_nearest(weight, bits, grid)
     return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
+
+
+def rounded_weight(weight: Tensor, bits: int, tuning: Tuning) -> Tensor:
+    """Return a weight as it is before tuning: rounded to the grid that a recipe starts from."""
+    quantizer = weight_quantizer(weight, bits, tuning)
+    frozen = quantizer if isinstance(quantizer, FrozenWeight) else quantizer.freeze()  # type: ignore[operator]
+    return frozen()  # type: ignore[no-any-return]
 
 
 def _activation_quantizer(bits: int, tuning: Tuning) -> ActivationQuantizer:

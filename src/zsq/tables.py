@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from zsq.bits.plan import BitsPlan, cost_label
 from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
 from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
@@ -168,6 +169,28 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
             if field.description:
                 table.add_row(f"{part}.{name}", escape(field.description))
     yield table
+
+
+def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
+    """Show a choice of bits, and the frontier it lies on."""
+    frontier = _table("frontier", cost_label(plan.kind), "summed sensitivity (nats)")
+    shown = plan.frontier[:: max(len(plan.frontier) // 15, 1)]
+    for point in shown:
+        frontier.add_row(f"{point.cost:.6g}", f"{point.sensitivity:.4g}")
+    yield frontier
+    table = _table(f"bits for {escape(plan.model)}, {plan.protocol}, {plan.budget}",
+                   "layer", "weights", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
+    for path, bits in plan.layers.items():
+        values = plan.measured.get(path, {})
+        at_four = f"{values[4]:.2e}" if 4 in values else ""
+        cells = (f"{values[bits]:.2e}", at_four) if values else ("fixed", "")
+        table.add_row(escape(path), f"{plan.weights[path]:,}", str(bits), *cells)
+    yield table
+    yield (
+        f"average {plan.average():.3f} bits per weight of the {len(plan.free)} free layers; all weights "
+        f"{size(plan.bytes())}; summed sensitivity {plan.sensitivity:.4g}"
+        f"{'' if plan.exact else ' (frontier thinned out: not exact)'}."
+    )
 
 
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that a run is given instead of making its own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from zsq.artifact.runfolder import RunFolder
+from zsq.errors import UsageError
+from zsq.stages import Images
+from zsq.synthesis.images import ImageSet
+
+
+def given_images(images: Images, images_from: str | Path | None) -> Images:
+    """Return the images to use, those of another run among them.
+
+    Args:
+        images: given ones, a folder of real ones, or None.
+        images_from: the folder of a run, or its ``images.safetensors``.
+
+    Raises:
+        UsageError: both, or no readable images there.
+    """
+    if images_from is None:
+        return images
+    if images is not None:
+        raise UsageError(
+            "--images (real images) and --images-from (those of another run) exclude each other; "
+            "leave one out."
+        )
+    path = Path(images_from)
+    return ImageSet.load(
+        path if path.is_file() else RunFolder.open(path).require("images.safetensors")
+    )
+
+
+def name_of(images: Images) -> str:
+    """Name images so that others have another name."""
+    if images is None or isinstance(images, (str, Path)):
+        return "synthetic" if images is None else str(images)
+    pixels = images if isinstance(images, Tensor) else images.images
+    return f"given {hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]}"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a teacher and a budget to a bits file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zsq.bits.costs import Budget
+from zsq.bits.plan import BitsPlan, layer_facts, make_plan
+from zsq.bits.sensitivity import measure_sensitivity
+from zsq.config import Recipe, load_recipe
+from zsq.errors import UsageError
+from zsq.runtime.context import Context
+from zsq.runtime.seeds import seeded
+from zsq.stages import Images, choose_images, prepared_teacher
+from zsq.student import prepared_network
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import Teacher
+
+#: Bit-widths that are compared where nothing else is asked for.
+CANDIDATES = (2, 3, 4, 5, 6, 8)
+#: Images that sensitivities are measured on.
+IMAGES = 64
+
+
+def choose_bits(
+    teacher: Teacher,
+    budget: str | Budget,
+    recipe: str | Path | Recipe = "genie",
+    *,
+    bits: str | None = None,
+    protocol: str | None = None,
+    candidates: Sequence[int] = CANDIDATES,
+    images: Images = None,
+    context: Context | None = None,
+) -> BitsPlan:
+    """Choose every layer's bit-width within a budget, without data (ZeroQ, arXiv 2001.00281).
+
+    Args:
+        teacher: from `load_teacher`.
+        budget: average bits per weight of the layers that the protocol leaves free (``4.0``), a size
+            of all packed weights (``1.7MB``), or bit operations of one image (``2.5GBOP``).
+        recipe: whose protocol, preparation and rounding are used.
+        bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
+        protocol: None keeps the recipe's.
+        candidates: bit-widths to choose from.
+        images: to measure with; 64 of ZeroQ's are made where there are none.
+        context: seed, device, progress.
+
+    Returns:
+        The plan; `BitsPlan.save` writes it, `quantize(bits=...)` takes it.
+
+    Raises:
+        UsageError: a budget that is unreadable or that nothing meets, or a bad candidate.
+    """
+    context = context or Context()
+    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+    chosen = _checked(candidates)
+    resolved = load_recipe(recipe, bits=bits, protocol=protocol)
+    facts, free = layer_facts(teacher, resolved)
+    if not free:
+        raise UsageError(
+            f"protocol {resolved.protocol!r} fixes the bits of all {len(facts)} layers of this network; "
+            "there is nothing to choose. Use --protocol all-low-bit."
+        )
+    pictures = _pictures(teacher, images, context)
+    with seeded(context.seed, "bits"):
+        network = prepared_network(prepared_teacher(teacher, resolved, pictures), resolved)
+        measured = measure_sensitivity(
+            network, pictures.images, free, chosen, resolved.tuning, context
+        )
+    return make_plan(teacher, resolved, wanted, measured, facts)[0]
+
+
+def _checked(candidates: Sequence[int]) -> list[int]:
+    chosen = sorted(set(candidates))
+    if not chosen or min(chosen) < 2 or max(chosen) > 8:
+        raise UsageError(f"candidates {list(candidates)} must be bit-widths from 2 to 8.")
+    return chosen
+
+
+def _pictures(teacher: Teacher, images: Images, context: Context) -> ImageSet:
+    """Return the images to measure with: given ones, or ZeroQ's."""
+    found = choose_images(teacher, load_recipe("zeroq"), images, context)
+    return ImageSet(found.images[:IMAGES], found.labels[:IMAGES], found.provenance)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bits cost: storage, bit operations, time; and budgets as a person writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from zsq.errors import UsageError
+
+CostKind = Literal["average", "size", "bops", "latency"]
+
+_UNITS: dict[str, tuple[CostKind, float]] = {
+    "": ("average", 1.0), "b": ("size", 1.0), "kb": ("size", 1e3), "mb": ("size", 1e6),
+    "gb": ("size", 1e9), "mbop": ("bops", 1e6), "gbop": ("bops", 1e9), "tbop": ("bops", 1e12),
+    "ms": ("latency", 1.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer's cost depends on.
+
+    Attributes:
+        weights: number of weights.
+        macs: multiply-accumulates of one image.
+        input_bits: of the tensor it reads; 32 where that is float.
+        milliseconds: measured per bit-width, where it was measured.
+    """
+
+    weights: int
+    macs: int
+    input_bits: int
+    milliseconds: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound on a cost.
+
+    Attributes:
+        kind: ``average`` bits per weight, ``size`` in bytes of packed weights, ``bops`` bit
+            operations of one image (multiply-accumulates times both bit-widths), or ``latency`` in
+            milliseconds.
+        amount: the bound.
+    """
+
+    kind: CostKind
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``4.0`` (bits per weight), ``1.7MB``, ``2.5GBOP`` or ``1.3ms``.
+
+        Raises:
+            UsageError: not of that form, or not positive.
+
+        Example:
+            >>> Budget.parse("1.5 MB")
+            Budget(kind='size', amount=1500000.0)
+        """
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([A-Za-z]*?)s?\s*", text)
+        unit = match[2].lower() if match else ""
+        if unit == "m":  # "ms" without its s
+            unit = "ms"
+        if not match or unit not in _UNITS or float(match[1]) <= 0:
+            raise UsageError(
+                f"budget {text!r} is not an average like 4.0 (bits per weight), a size like 1.7MB, bit "
+                "operations like 2.5GBOP, or a time like 1.3ms."
+            )
+        kind, factor = _UNITS[unit]
+        return cls(kind, float(match[1]) * factor)
+
+    def __str__(self) -> str:
+        text = {
+            "average": f"{self.amount:g} bits per weight", "size": f"{self.amount / 1e6:.4g} MB",
+            "bops": f"{self.amount / 1e9:.4g} GBOP", "latency": f"{self.amount:.4g} ms",
+        }  # fmt: skip
+        return text[self.kind]
+
+
+def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
+    """Return a layer's cost at a bit-width; for ``average`` its weights' bits.
+
+    Raises:
+        UsageError: latency was not measured.
+
+    Example:
+        >>> cost_of(LayerFacts(1000, 64000, 4), 2, "bops")
+        512000.0
+    """
+    if kind == "average":
+        return float(facts.weights * bits)
+    if kind == "size":
+        return facts.weights * bits / 8
+    if kind == "bops":
+        return float(facts.macs * bits * facts.input_bits)
+    if facts.milliseconds is None:
+        raise UsageError(
+            "a budget in milliseconds needs measured latencies; add --measure-latency."
+        )
+    return facts.milliseconds[bits]

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bits file: a bit-width for every layer of one network, why, and what else was possible."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError
+
+from zsq.artifact.networkfile import fingerprint
+from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of
+from zsq.bits.pareto import Choice, Frontier, monotone, pareto_frontier
+from zsq.config import Recipe
+from zsq.errors import UsageError
+from zsq.quantizers.protocol import origin, place
+from zsq.runtime.files import atomic_write
+from zsq.settings import Bits, Override, Part
+from zsq.student import prepared_network
+from zsq.teacher.fold import calls, tensor_inputs
+from zsq.teacher.inspect import count_macs
+from zsq.teacher.layers import Layer
+from zsq.teacher.teacher import Teacher
+
+FORMAT = 1
+#: Points of the frontier that a file keeps for its picture.
+POINTS = 200
+Width = Annotated[int, Field(ge=2, le=8)]
+
+
+class Point(Part):
+    """One point of the frontier: cost and summed sensitivity."""
+
+    cost: float
+    sensitivity: float
+
+
+class BitsPlan(Part):
+    """Bits for every layer of one network; what ``zsq bits`` writes and every recipe accepts."""
+
+    format: int = FORMAT
+    model: str
+    """What the user typed."""
+    network: str
+    """Hash of the network's graph and weights."""
+    protocol: str
+    """The protocol that decided which layers are free."""
+    activations: Width
+    kind: CostKind
+    """What the budget bounds."""
+    budget: str
+    cost: float
+    """Of the layers that were free, in the budget's unit (``average``: bits times weights)."""
+    sensitivity: float
+    exact: bool = True
+    layers: dict[str, Width]
+    """Every layer's bits."""
+    free: tuple[str, ...]
+    """Layers whose bits were chosen; the protocol fixes the others."""
+    weights: dict[str, int]
+    """Every layer's number of weights."""
+    measured: dict[str, dict[int, float]]
+    """Sensitivity of each free layer at each bit-width, in nats."""
+    frontier: tuple[Point, ...]
+    """Points of the frontier, cheapest first."""
+
+    def average(self) -> float:
+        """Return the average bits per weight of the free layers."""
+        count = sum(self.weights[path] for path in self.free)
+        return sum(self.weights[path] * self.layers[path] for path in self.free) / count
+
+    def bytes(self) -> int:
+        """Return the size of all packed weights."""
+        return sum(-(-self.weights[path] * bits // 8) for path, bits in self.layers.items())
+
+    def changes(self, teacher: Teacher) -> dict[str, object]:
+        """Return the recipe fields that put the plan into effect.
+
+        Raises:
+            UsageError: the plan is for another network.
+        """
+        if fingerprint(teacher.network) != self.network:
+            raise UsageError(
+                f"the bits file was made for another network ({self.model}, {len(self.layers)} layers) than "
+                f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
+            )
+        return {
+            "bits": Bits(weights=round(self.average()), activations=self.activations),
+            "overrides": [
+                Override(match=glob.escape(path), weights=bits).model_dump()
+                for path, bits in self.layers.items()
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        data = self.model_dump(mode="json")
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> BitsPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: missing, or not a bits file.
+        """
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            reason = (
+                error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            )  # fmt: skip
+            raise UsageError(
+                f"{path} is not a readable bits file ({reason[:150]}); give widths like w4a4, or the "
+                "bits.yaml that `zsq bits MODEL --budget ... -o FOLDER` wrote."
+            ) from error
+
+
+def read_plan(bits: str | None) -> BitsPlan | None:
+    """Read a bits file where one is named; widths like ``w4a4`` are none.
+
+    Raises:
+        UsageError: the file is not a bits file.
+    """
+    is_file = bits is not None and bits.endswith((".yaml", ".yml"))
+    return BitsPlan.load(Path(bits)) if bits is not None and is_file else None
+
+
+def layer_facts(teacher: Teacher, recipe: Recipe) -> tuple[dict[str, LayerFacts], list[str]]:
+    """Return what each layer's cost depends on, and the layers whose bits the protocol leaves free."""
+    network = prepared_network(teacher, recipe)
+    # a layer is free where its bits follow the recipe's
+    low, high = (
+        place(network, recipe.protocol, Bits(weights=w, activations=recipe.bits.activations))
+        for w in (2, 7)
+    )
+    macs, nodes = count_macs(network, teacher.info.input_shape), calls(network)
+    facts = {}
+    for path in low.weights:
+        layer = network.get_submodule(path)
+        assert isinstance(layer, Layer)
+        source = origin(tensor_inputs(nodes[path][0])[0]).name
+        facts[path] = LayerFacts(
+            layer.weight.numel(), macs.get(path, 0), low.activations.get(source, 32)
+        )
+    return facts, [path for path in low.weights if low.weights[path] != high.weights[path]]
+
+
+def make_plan(
+    teacher: Teacher, recipe: Recipe, budget: Budget, measured: dict[str, dict[int, float]],
+    facts: dict[str, LayerFacts],
+) -> tuple[BitsPlan, Frontier]:  # fmt: skip
+    """Choose the bits of the free layers.
+
+    Args:
+        teacher: whose layers.
+        recipe: names protocol and activation bits.
+        budget: over the free layers; a size counts the layers that the protocol fixes too.
+        measured: sensitivities of the free layers.
+        facts: of every layer.
+
+    Raises:
+        UsageError: no choice meets the budget.
+    """
+    free = list(measured)
+    kind = budget.kind
+    smoothed = {path: monotone(values) for path, values in measured.items()}
+    costs = [{b: cost_of(facts[path], b, kind) for b in smoothed[path]} for path in free]
+    frontier = pareto_frontier(costs, [smoothed[path] for path in free])
+    network = prepared_network(teacher, recipe)
+    fixed = place(network, recipe.protocol, recipe.bits).weights
+    choice = _chosen(frontier, budget, free, facts, fixed)
+    return BitsPlan(
+        model=teacher.info.reference, network=fingerprint(teacher.network), protocol=recipe.protocol,
+        activations=recipe.bits.activations, kind=kind, budget=str(budget), cost=choice.cost,
+        sensitivity=choice.sensitivity, exact=frontier.exact,
+        layers=fixed | dict(zip(free, choice.bits, strict=True)), free=tuple(free),
+        weights={path: fact.weights for path, fact in facts.items()}, measured=measured,
+        frontier=_points(frontier),
+    ), frontier  # fmt: skip
+
+
+def _chosen(
+    frontier: Frontier, budget: Budget, free: list[str], facts: dict[str, LayerFacts],
+    fixed: dict[str, int],
+) -> Choice:  # fmt: skip
+    """Return the best choice within a budget, said in the budget's own unit where there is none."""
+    rest = [path for path in fixed if path not in free]
+    taken = 0.0
+    if budget.kind != "average":
+        taken = sum(cost_of(facts[path], fixed[path], budget.kind) for path in rest)
+    scale = sum(facts[path].weights for path in free) if budget.kind == "average" else 1.0
+    smallest = Budget(budget.kind, (float(frontier.costs[0]) + taken) / scale)
+    if budget.amount * (1 + 1e-9) < smallest.amount:
+        raise UsageError(
+            f"no choice of bits meets {budget}; the smallest possible is {smallest}"
+            f"{_of_fixed(budget, taken)}. Raise --budget or allow fewer bits with --candidates."
+        )
+    return frontier.within(budget.amount * scale - taken)
+
+
+def _of_fixed(budget: Budget, taken: float) -> str:
+    if not taken:
+        return ""
+    return f", {Budget(budget.kind, taken)} of it layers that the protocol fixes"
+
+
+def _points(frontier: Frontier) -> tuple[Point, ...]:
+    count = len(frontier)
+    places = sorted(
+        {round(i * (count - 1) / max(POINTS - 1, 1)) for i in range(min(POINTS, count))}
+    )
+    if count <= POINTS:
+        places = list(range(count))
+    return tuple(
+        Point(cost=float(frontier.costs[i]), sensitivity=float(frontier.sensitivities[i]))
+        for i in places
+    )
+
+
+def cost_label(kind: CostKind) -> str:
+    """Say what a cost is, for an axis."""
+    return {
+        "average": "bits of all weights", "size": "bytes of weights", "bops": "bit operations an image",
+        "latency": "milliseconds an image",
+    }[kind]  # fmt: skip

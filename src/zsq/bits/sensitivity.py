@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a network's answers move when one layer's weights are quantized (ZeroQ, section 3.3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from zsq.functional.losses import kl_divergence
+from zsq.runtime.context import Context
+from zsq.settings import Tuning
+from zsq.student import rounded_weight
+from zsq.teacher.layers import Layer
+
+#: Images per pass.
+PASS = 64
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    network: GraphModule, images: Tensor, layers: Iterable[str], candidates: Sequence[int],
+    tuning: Tuning, context: Context,
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Return the divergence of the predictions with one layer quantized, per layer and bit-width.
+
+    ``(1 / N) * sum_j KL(softmax(M(x_j)) || softmax(M_i,k(x_j)))`` where only the weights of layer i
+    are rounded, to k bits; activations stay float.
+
+    Args:
+        network: the float network that will be quantized; not changed.
+        images: (N, C, H, W), normalised.
+        layers: module paths.
+        candidates: bit-widths.
+        tuning: says on which grid weights are rounded at first.
+        context: device and progress.
+
+    Returns:
+        {path: {bits: divergence in nats}}.
+    """
+    network = context.policy.place(copy.deepcopy(network))
+    images = images.to(context.policy.device)
+    wanted = _logits(network, images)
+    found: dict[str, dict[int, float]] = {}
+    paths = list(layers)
+    with context.reporter.task("sensitivity", len(paths) * len(candidates)) as task:
+        for path in paths:
+            found[path] = {}
+            for bits in candidates:
+                logits = _with_rounded(network, path, bits, tuning, images)
+                found[path][bits] = max(float(kl_divergence(logits, wanted, 1.0, "sample")), 0.0)
+                task.advance(1, loss=torch.tensor(found[path][bits]))
+    return found
+
+
+def _with_rounded(
+    network: GraphModule, path: str, bits: int, tuning: Tuning, images: Tensor
+) -> Tensor:  # fmt: skip
+    layer = network.get_submodule(path)
+    assert isinstance(layer, Layer)
+    kept = layer.weight
+    layer.weight = nn.Parameter(rounded_weight(kept, bits, tuning), requires_grad=False)
+    try:
+        return _logits(network, images)
+    finally:
+        layer.weight = kept
+
+
+def _logits(network: GraphModule, images: Tensor) -> Tensor:
+    return torch.cat([network(part).float() for part in torch.split(images, PASS)])

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import typer
+
+from zsq.errors import UsageError
+
+
+class Schedule(enum.StrEnum):
+    """How long to train."""
+
+    quick = "quick"
+    full = "full"
+
+
+class PrecisionChoice(enum.StrEnum):
+    """Precision of synthesis."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Model = Annotated[str, typer.Argument(help=(
+    "pytorchcv:NAME, torchvision:NAME, timm:NAME, zsq:NAME, path/to/file.py:function or a .pt2 file."
+))]  # fmt: skip
+Numbers = Annotated[str | None, typer.Option(help="Comma-separated numbers, e.g. 0.5,0.5,0.5.")]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="One image: channels,height,width.")
+]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Normalisation mean per channel, pixels in [0, 1].")
+]
+Std = Annotated[
+    str | None, typer.Option("--std", help="Normalisation standard deviation per channel.")
+]
+Weights = Annotated[str | None, typer.Option("--weights", help="Checkpoint to load, or 'random'.")]
+AllowPickle = Annotated[bool, typer.Option(
+    "--allow-pickle", help="Read pickled checkpoints. They run code from the file: only if you trust it."
+)]  # fmt: skip
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+BitsOption = Annotated[
+    str | None, typer.Option("--bits", help="Weights and activations, e.g. w4a4, or a bits file.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Read comma-separated numbers.
+
+    Raises:
+        UsageError: not numbers.
+
+    Example:
+        >>> numbers("0.5, 1", "--mean")
+        (0.5, 1.0)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a list of numbers like 0.5,0.5,0.5.") from error
+
+
+def integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Read comma-separated whole numbers.
+
+    Raises:
+        UsageError: not whole numbers.
+    """
+    found = numbers(text, option)
+    if found is not None and any(value != int(value) for value in found):
+        raise UsageError(f"{option} {text!r} must be whole numbers like 3,224,224.")
+    return None if found is None else tuple(int(value) for value in found)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sensitivity, budgets, and the bits file, on a small network."""
+
+import copy
+
+import pytest
+import torch
+from helpers.networks import Residual, smooth_images, with_own_statistics
+from torch import nn
+
+from zsq.bits.choose import choose_bits
+from zsq.bits.costs import Budget, LayerFacts, cost_of
+from zsq.bits.plan import BitsPlan, layer_facts, read_plan
+from zsq.bits.plots import write_plan
+from zsq.bits.sensitivity import measure_sensitivity
+from zsq.config import load_recipe
+from zsq.errors import UsageError
+from zsq.quantizers.minmax import MinMaxWeight
+from zsq.runtime.context import Context
+from zsq.stages import tune
+from zsq.student import attach
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import Teacher, load_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def images(teacher):
+    x = smooth_images(32)
+    with torch.no_grad():
+        return ImageSet(x, teacher(x).argmax(1))
+
+
+INNER = ("a1", "a2", "proj", "b1", "b2")
+
+
+def test_sensitivity_is_the_divergence_with_one_layer_rounded(teacher, images):
+    found = measure_sensitivity(
+        teacher.network, images.images, ["a1", "fc"], [2, 5], load_recipe("zeroq").tuning, Context()
+    )
+    for path in ("a1", "fc"):
+        for bits in (2, 5):
+            network = copy.deepcopy(teacher.network)
+            layer = network.get_submodule(path)
+            layer.weight = nn.Parameter(MinMaxWeight(layer.weight, bits)().detach())
+            with torch.no_grad():
+                p = teacher(images.images).softmax(1)
+                q = network(images.images).softmax(1)
+            expected = float((p * (p / q).log()).sum(1).mean())
+            assert found[path][bits] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_measuring_changes_nothing(teacher, images):
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    choose_bits(teacher, "4.0", images=images)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+
+
+def test_the_protocol_fixes_the_edges(teacher, images):
+    plan = choose_bits(teacher, "4.0", "genie", bits="w4a4", images=images)
+    assert plan.free == INNER
+    assert plan.layers["stem"] == plan.layers["fc"] == 8
+    assert plan.average() <= 4.0
+    everywhere = choose_bits(teacher, "4.0", "gdfq", bits="w4a4", images=images)
+    assert everywhere.free == ("stem", *INNER, "fc")
+
+
+def test_a_choice_is_no_more_sensitive_than_uniform_bits(teacher, images):
+    plan = choose_bits(teacher, "4.0", images=images)
+    assert plan.sensitivity <= sum(values[4] for values in plan.measured.values()) + 1e-9
+
+
+def test_a_size_counts_all_weights(teacher, images):
+    facts = layer_facts(teacher, load_recipe("genie"))[0]
+    fixed = (facts["stem"].weights + facts["fc"].weights) * 8 / 8
+    free = sum(facts[path].weights for path in INNER)
+    budget = fixed + free * 5 / 8
+    plan = choose_bits(teacher, f"{budget / 1e3}kB", images=images)
+    assert plan.bytes() <= budget + len(plan.layers)
+    assert plan.average() <= 5
+    assert plan.average() > 4
+
+
+def test_bit_operations_count_both_operands(teacher):
+    facts = layer_facts(teacher, load_recipe("genie", bits="w4a3"))[0]
+    assert facts["stem"].input_bits == 32
+    assert facts["a1"].input_bits == 8
+    assert facts["a2"].input_bits == 3
+    assert facts["fc"].input_bits == 8
+    assert facts["b1"].macs == 6 * 6 * 9 * 16
+    assert cost_of(facts["b1"], 5, "bops") == 6 * 6 * 9 * 16 * 5 * facts["b1"].input_bits
+
+
+def test_a_budget_in_operations_favours_layers_with_few(teacher, images):
+    plan = choose_bits(teacher, "1GBOP", images=images, candidates=[2, 8])
+    assert set(plan.layers.values()) == {8}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [("4", "average", 4), ("3.5", "average", 3.5), ("900kB", "size", 9e5), ("1.7 MB", "size", 1.7e6),
+     ("2GBOP", "bops", 2e9), ("2GBOPs", "bops", 2e9), ("1.3ms", "latency", 1.3)],
+)  # fmt: skip
+def test_budgets_are_read_as_people_write_them(text, kind, amount):
+    assert Budget.parse(text) == Budget(kind, pytest.approx(amount))
+
+
+@pytest.mark.parametrize("text", ["", "many", "-4", "0", "4 apples", "MB"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(UsageError, match=r"4\.0.*1\.7MB"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("budget", "smallest"), [("1.9", "2 bits per weight"), ("0.1kB", "MB"), ("1e3MBOP", None)]
+)
+def test_a_budget_that_nothing_meets_says_the_smallest_possible(teacher, images, budget, smallest):
+    if smallest is None:
+        choose_bits(teacher, budget, images=images)
+        return
+    with pytest.raises(UsageError, match=f"smallest possible is .*{smallest}"):
+        choose_bits(teacher, budget, images=images)
+
+
+def test_latency_must_be_measured_first():
+    with pytest.raises(UsageError, match="milliseconds"):
+        cost_of(LayerFacts(1, 1, 8), 4, "latency")
+    assert cost_of(LayerFacts(1, 1, 8, {4: 0.5}), 4, "latency") == 0.5
+
+
+@pytest.mark.parametrize("candidates", [[1, 4], [4, 9], []])
+def test_widths_outside_two_to_eight_are_refused(teacher, images, candidates):
+    with pytest.raises(UsageError, match="from 2 to 8"):
+        choose_bits(teacher, "4.0", images=images, candidates=candidates)
+
+
+def test_a_file_is_read_back_and_pictures_are_drawn(teacher, images, tmp_path):
+    plan = choose_bits(teacher, "4.0", images=images)
+    write_plan(plan, tmp_path / "bits")
+    assert read_plan(str(tmp_path / "bits" / "bits.yaml")) == plan
+    for name in ("bits_frontier.png", "bits_sensitivity.png"):
+        assert (tmp_path / "bits" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert read_plan("w4a4") is None
+    assert read_plan(None) is None
+
+
+@pytest.mark.parametrize("recipe", ["genie", "hast", "zeroq"])
+def test_recipes_follow_the_file_layer_by_layer(teacher, images, recipe, tmp_path):
+    plan = choose_bits(teacher, "4.0", recipe, bits="w4a3", images=images)
+    assert len(set(plan.layers.values())) > 1
+    few = [] if recipe == "zeroq" else ["tuning.steps=2", "tuning.batch=8"]
+    resolved = load_recipe(recipe, settings=few, **plan.changes(teacher))
+    student = tune(teacher, attach(teacher, resolved), images)
+    assert {path: layer.bits for path, layer in student.layers().items()} == plan.layers
+    assert resolved.bits.activations == 3
+    for layer in student.layers().values():
+        assert int(layer.frozen.integers.max()) < 2**layer.bits
+
+
+def test_a_file_for_another_network_is_refused(teacher, images):
+    plan = choose_bits(teacher, "4.0", images=images)
+    other = Teacher(copy.deepcopy(teacher.network), teacher.info)
+    with torch.no_grad():
+        other.network.get_submodule("a1").weight.mul_(2)
+    with pytest.raises(UsageError, match="another network"):
+        plan.changes(other)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "layers: {a: 9}", "{format: 1}"])
+def test_a_damaged_file_is_refused(tmp_path, text):
+    (tmp_path / "bits.yaml").write_text(text)
+    with pytest.raises(UsageError, match="not a readable bits file"):
+        BitsPlan.load(tmp_path / "bits.yaml")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="not a readable bits file"):
+        read_plan(str(tmp_path / "none.yaml"))
