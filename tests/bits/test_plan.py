@@ -133,6 +133,15 @@ def test_latency_must_be_measured_first():
     assert cost_of(LayerFacts(1, 1, 8, {4: 0.5}), 4, "latency") == 0.5
 
 
+def test_latency_is_read_off_the_runtimes_profile(teacher, images):
+    plan = choose_bits(teacher, "50ms", images=images, candidates=[4, 8])
+    assert plan.kind == "latency"
+    assert 0 < plan.cost < 50
+    assert set(plan.layers.values()) == {8}, "in ONNX Runtime fewer bits are no faster"
+    with pytest.raises(UsageError, match=r"smallest possible is .*ms"):
+        choose_bits(teacher, "0.0001ms", images=images, candidates=[4, 8])
+
+
 @pytest.mark.parametrize("candidates", [[1, 4], [4, 9], []])
 def test_widths_outside_two_to_eight_are_refused(teacher, images, candidates):
     with pytest.raises(UsageError, match="from 2 to 8"):

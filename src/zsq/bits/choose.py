@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from zsq.bits.costs import Budget
+from zsq.bits.latency import measure_latency
 from zsq.bits.plan import BitsPlan, layer_facts, make_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
@@ -40,7 +42,8 @@ def choose_bits(
     Args:
         teacher: from `load_teacher`.
         budget: average bits per weight of the layers that the protocol leaves free (``4.0``), a size
-            of all packed weights (``1.7MB``), or bit operations of one image (``2.5GBOP``).
+            of all packed weights (``1.7MB``), bit operations of one image (``2.5GBOP``), or its time
+            in ONNX Runtime on one thread (``1.3ms``, measured here and now).
         recipe: whose protocol, preparation and rounding are used.
         bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
         protocol: None keeps the recipe's.
@@ -66,10 +69,14 @@ def choose_bits(
         )
     pictures = _pictures(teacher, images, context)
     with seeded(context.seed, "bits"):
-        network = prepared_network(prepared_teacher(teacher, resolved, pictures), resolved)
+        prepared = prepared_teacher(teacher, resolved, pictures)
+        network = prepared_network(prepared, resolved)
         measured = measure_sensitivity(
             network, pictures.images, free, chosen, resolved.tuning, context
         )
+        if wanted.kind == "latency":
+            times = measure_latency(prepared, resolved, pictures, sorted({*chosen, 8}), context)
+            facts = {path: replace(fact, milliseconds=times[path]) for path, fact in facts.items()}
     return make_plan(teacher, resolved, wanted, measured, facts)[0]
 
 

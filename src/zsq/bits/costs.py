@@ -99,6 +99,6 @@ def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
         return float(facts.macs * bits * facts.input_bits)
     if facts.milliseconds is None:
         raise UsageError(
-            "a budget in milliseconds needs measured latencies; add --measure-latency."
+            "a budget in milliseconds needs latencies that were measured (zsq.bits.latency)."
         )
     return facts.milliseconds[bits]
