@@ -310,6 +310,9 @@ class Finetuning(Calibration):
     temperature: float = Field(default=20.0, gt=0)
     kl_mean: Literal["element", "sample"] = "element"
     """Average the divergence over images and classes, as published, or over images only."""
+    agreement_every: int = Field(default=100, ge=0)
+    """Steps between two records of the cosine between the gradients of divergence and cross-entropy;
+    0 records none. One costs about two steps' worth of passes."""
     promotion: Promotion | None = None
     inundation: Inundation | None = None
 

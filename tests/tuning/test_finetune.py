@@ -173,6 +173,43 @@ def test_the_loss_is_made_of_the_named_terms(teacher, tmp_path):
         assert set(last["changed"]) == set(attach(teacher, one).layers())
 
 
+def test_gradients_are_compared_as_often_as_asked(teacher, tmp_path):
+    with MetricsLog(tmp_path / "m.jsonl") as metrics:
+        one = recipe("gdfq", "tuning.agreement_every=4", "tuning.steps=9")
+        tune_with_generator(teacher, attach(teacher, one), context=Context(metrics=metrics))
+    records = [r for r in read_metrics(tmp_path / "m.jsonl") if r["stage"] == "agreement"]
+    assert [r["step"] for r in records] == [6, 10, 14]
+    assert all(-1 <= v <= 1 for r in records for v in r["kl,ce"].values())
+    assert set(records[0]["kl,ce"]) == {"overall", *attach(teacher, one).layers()}
+
+
+def test_comparing_gradients_changes_nothing(teacher):
+    made = [
+        tune_with_generator(teacher, attach(teacher, recipe("gdfq+ait", f"tuning.agreement_every={n}")))[0]
+        for n in (0, 1)
+    ]  # fmt: skip
+    for name, tensor in made[0].network.state_dict().items():
+        assert torch.equal(tensor, made[1].network.state_dict()[name])
+
+
+def test_integers_that_ever_moved_are_counted(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RECORD_EVERY", 1)
+    start = attach(teacher, recipe()).freeze().layers()
+    with MetricsLog(tmp_path / "m.jsonl") as metrics:
+        settings = ["tuning.lr=0.05", "tuning.steps=8"]
+        student, _ = tune_with_generator(
+            teacher, attach(teacher, recipe("gdfq", *settings)), context=Context(metrics=metrics)
+        )
+    moved = [r["moved"] for r in read_metrics(tmp_path / "m.jsonl") if "moved" in r]
+    assert len(moved) == 8
+    assert max(moved[-1].values()) > 0
+    for path, layer in student.layers().items():
+        shares = [record[path] for record in moved]
+        assert shares == sorted(shares), "what has moved stays counted"
+        ended_elsewhere = (layer.frozen.integers != start[path].frozen.integers).float().mean()
+        assert shares[-1] >= float(ended_elsewhere)
+
+
 def test_inundation_moves_more_integers(teacher):
     frozen = {}
     for target in (0.0, 0.05):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zsq.config import Finetuning
+from zsq.functional.agreement import gradient_cosines
 from zsq.functional.schedules import milestone_factor
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate
@@ -36,9 +37,12 @@ from zsq.teacher.teacher import Teacher
 from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
+from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
 RECORD_EVERY = 50
+#: The terms whose gradients are compared.
+AGREEMENT = ("kl", "ce")
 #: Steps between two checkpoints.
 CHECKPOINT_EVERY = 200
 
@@ -123,6 +127,7 @@ class FineTuner:
             weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.objective = Objective(teacher, student, settings, context)
+        self.watch = IntegerWatch(self.weights)
 
     def step(self, step: int) -> Tensor:
         """Make one step of the source, of the ranges or of the student; return a loss to show."""
@@ -166,6 +171,9 @@ class FineTuner:
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
         """Make one step of the student; ``measure`` what it changed also without inundation."""
+        every = self.settings.agreement_every
+        if every and step % every == 0 and self.context.metrics is not None:
+            self._compare_gradients(batch, step + self.source.warmup)
         self.rest_rule.zero_grad()
         self.weight_rule.zero_grad()
         if self.settings.promotion is None:
@@ -187,20 +195,27 @@ class FineTuner:
             self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
         return {name: term.detach() for name, term in terms.items()}
 
+    def _compare_gradients(self, batch: Batch, step: int) -> None:
+        """Record whether divergence and cross-entropy pull the same way (AIT, section 3)."""
+        losses = self.objective.separate(batch.images, self.objective.lesson(batch), AGREEMENT)
+        masters = {path: weight.master for path, weight in self.weights.items()}
+        self.context.record("agreement", step, **gradient_cosines(losses, masters))
+
     def _record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Record loss terms and, once the student learns, what happened to each layer's integers."""
         layers: dict[str, object] = {}
-        if step >= self.source.warmup:
+        if self.context.metrics is not None and step >= self.source.warmup:
             names, rule = self.weight_rule.names, self.weight_rule
             layers["changed"] = dict(zip(names, rule.shares.tolist(), strict=True))
             layers["multiplier"] = dict(zip(names, rule.multipliers.tolist(), strict=True))
+            layers["moved"] = self.watch.look()
         record_terms(self.context, "finetune", step, terms, **layers)
 
     def save(self, done: int) -> None:
         """Keep everything that the remaining steps depend on."""
         parts: dict[str, dict[str, Tensor]] = {
             "source": self.source.state(), "rule": self.weight_rule.state_dict(),
-            "random": generator_states(),
+            "random": generator_states(), "watch": self.watch.state(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
             "ranges": _flat({name: q.state_dict() for name, q in self.ranges.items()}),
@@ -217,6 +232,7 @@ class FineTuner:
             return 0
         self.source.restore(_part(state, "source"))
         self.weight_rule.load_state_dict(_part(state, "rule"))
+        self.watch.restore(_part(state, "watch"))
         restore_optimizer(self.rest_rule, "sgd", state)
         for path, weight in self.weights.items():
             weight.master.copy_(state[f"weights.{path}"])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,13 +100,14 @@ class Objective:
         terms = self._compiled(images, lesson.logits, lesson.targets, *lesson.features)
         return torch.stack(terms).sum(), dict(zip(self.names, terms, strict=True))
 
+    def separate(self, images: Tensor, lesson: Lesson, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return terms by name, unweighted, whether the student learns from them or not."""
+        with self.policy.autocast():
+            outputs, *ours = self.student(images)
+        return {name: TERMS[name](outputs, tuple(ours), lesson, self.settings) for name in names}
+
     def _terms(
         self, images: Tensor, logits: Tensor, targets: Tensor, *features: Tensor
     ) -> list[Tensor]:
-        with self.policy.autocast():
-            outputs, *ours = self.student(images)
-        lesson = Lesson(logits, targets, features)
-        return [
-            w * TERMS[name](outputs, tuple(ours), lesson, self.settings)
-            for name, w in self.weights.items()
-        ]
+        terms = self.separate(images, Lesson(logits, targets, features), self.names)
+        return [w * terms[name] for name, w in self.weights.items()]
