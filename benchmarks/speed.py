@@ -3,7 +3,7 @@
 
 Nothing else should run meanwhile.
 
-    python benchmarks/speed.py [synthesis] [reconstruction] [finetuning] [inundation]
+    python benchmarks/speed.py [synthesis] [pixels] [reconstruction] [finetuning] [inundation]
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch.fx import GraphModule
 from zsq.config import GenieSynthesis, load_recipe
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
+from zsq.runtime.progress import QuietReporter
 from zsq.student import attach, prepared_network
 from zsq.synthesis.generators import build_generator
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.labels import plain_labels
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.teacher import Teacher, load_teacher
 from zsq.tuning.finetune import FineTuner
 from zsq.tuning.pieces import block_pieces
@@ -43,6 +45,41 @@ def milliseconds(function: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
+class Stopwatch(QuietReporter):
+    """Notes when each step of a task is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def task(self, title: str, total: int, completed: int = 0) -> Ticking:
+        """Return a task whose steps are timed."""
+        return Ticking(self.times)
+
+    def median_after(self, first: int) -> float:
+        """Return the median milliseconds of a step, leaving out the first ones."""
+        return 1000 * statistics.median(
+            b - a for a, b in zip(self.times[first:-1], self.times[first + 1 :], strict=True)
+        )
+
+
+class Ticking:
+    """A task that times its steps."""
+
+    def __init__(self, times: list[float]) -> None:
+        self.times = times
+
+    def __enter__(self) -> Ticking:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def advance(self, steps: int, **values: object) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+
 def synthesis(teacher: Teacher) -> None:
     """Print the time of one step at batch 128, compilation and all fixed costs taken out."""
     policy = make_policy()
@@ -54,6 +91,31 @@ def synthesis(teacher: Teacher) -> None:
     step = 1000 * (seconds[1] - seconds[0]) / 300
     print(f"synthesis, batch 128: {step:.0f} ms a step; 500 steps in "
           f"{seconds[0] + 0.2 * step:.0f} s with compilation")  # fmt: skip
+
+
+def pixels(teacher: Teacher) -> None:
+    """Print the time of a step of HAST's pixel synthesis at batch 256, beside the teacher's passes."""
+    policy, watch = make_policy(), Stopwatch()
+    settings = load_recipe("hast").synthesis.model_copy(update={"images": 256, "steps": 300})
+    synthesize_pixels(teacher, settings, Context(policy=policy, reporter=watch))
+    step = watch.median_after(50)
+    network = policy.place(copy.deepcopy(teacher.network)).requires_grad_(False)
+    compiled = torch.compile(network, dynamic=False)
+    images = torch.randn(256, *teacher.info.input_shape).contiguous(
+        memory_format=torch.channels_last
+    )
+    images.requires_grad_()
+
+    def once() -> None:
+        with policy.autocast():
+            logits = compiled(images)
+        logits.float().square().mean().backward()
+
+    for _ in range(5):
+        once()
+    bare_step = milliseconds(once)
+    print(f"pixel synthesis (hast), batch 256: {step:.0f} ms a step; forward and input-backward of the "
+          f"teacher alone {bare_step:.0f} ms, {step / bare_step:.2f}x")  # fmt: skip
 
 
 def reconstruction(teacher: Teacher) -> None:
@@ -169,11 +231,13 @@ def inundation() -> None:
 
 if __name__ == "__main__":
     loaded = load_teacher("zsq:resnet20_cifar10")
-    wanted = sys.argv[1:] or ["reconstruction", "synthesis", "finetuning", "inundation"]
+    wanted = sys.argv[1:] or ["reconstruction", "synthesis", "pixels", "finetuning", "inundation"]
     if "reconstruction" in wanted:
         reconstruction(loaded)
     if "synthesis" in wanted:
         synthesis(loaded)
+    if "pixels" in wanted:
+        pixels(loaded)
     if "finetuning" in wanted:
         finetuning(loaded)
     if "inundation" in wanted:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from zsq.cli_study import study
 from zsq.errors import ZsqError
 from zsq.options import (
     AllowPickle,
@@ -26,6 +26,8 @@ from zsq.options import (
     Weights,
     integers,
     numbers,
+    reporter_for,
+    show,
 )
 
 #: What typer exits with after Ctrl-C.
@@ -74,6 +76,8 @@ def quantize(
     precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help=(
+        "Diagnose the layers and write report.html at the end."))] = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -87,11 +91,11 @@ def quantize(
         input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
         images_from=images_from, seed=seed,
-        device=device, precision=precision.value, compile=compile_, out=out, resume=resume,
-        reporter=_reporter(quiet or as_json),
+        device=device, precision=precision.value, compile=compile_, out=out, resume=resume, report=report,
+        reporter=reporter_for(quiet or as_json),
     )  # fmt: skip
     record = {"run": out, **RunFolder.open(out).record}
-    _print(record, as_json, lambda: run_table(record))
+    show(record, as_json, lambda: run_table(record))
 
 
 @app.command()
@@ -116,7 +120,7 @@ def inspect(
         allow_pickle=allow_pickle,
     )
     found = inspect_teacher(teacher, Bits.parse(bits) if bits else None)
-    _print(found.to_dict(), as_json, lambda: inspection_tables(found))
+    show(found.to_dict(), as_json, lambda: inspection_tables(found))
 
 
 @app.command()
@@ -138,9 +142,9 @@ def export(
         target=target,
         path=out,
         allow_partial=allow_partial,
-        reporter=_reporter(quiet or as_json),
+        reporter=reporter_for(quiet or as_json),
     ).to_dict()
-    _print(report, as_json, lambda: export_table(report))
+    show(report, as_json, lambda: export_table(report))
 
 
 @app.command()
@@ -167,66 +171,9 @@ def evaluate(
     result = judge.evaluate(
         subject, data, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle, batch=batch,
-        device=device, reporter=_reporter(quiet or as_json),
+        device=device, reporter=reporter_for(quiet or as_json),
     )  # fmt: skip
-    _print(result, as_json, lambda: evaluation_table(result))
-
-
-@app.command()
-def bits(
-    model: Model,
-    budget: Annotated[str, typer.Option("--budget", help=(
-        "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
-        "(1.7MB), bit operations of one image (2.5GBOP), or its time in ONNX Runtime (1.3ms)."))],
-    out: Annotated[str | None, typer.Option("-o", "--out", help=(
-        "Folder for bits.yaml and its pictures."))] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
-    width: Annotated[str | None, typer.Option("--bits", help=(
-        "Activations of the result, as in w4a4."))] = None,
-    protocol: Annotated[str | None, typer.Option("--protocol")] = None,
-    candidates: Annotated[str, typer.Option("--candidates", help="Widths to choose from.")] = "2,3,4,5,6,8",
-    images: Annotated[str | None, typer.Option("--images", help=(
-        "Folder of real images to measure with instead of synthetic ones."))] = None,
-    images_from: Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
-        "Measure with the images of another run."))] = None,
-    input_shape: InputShape = None,
-    mean: Mean = None,
-    std: Std = None,
-    weights: Weights = None,
-    allow_pickle: AllowPickle = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    device: Device = "cpu",
-    precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
-    compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Choose each layer's bits under a budget, by how much its rounding moves the answers."""
-    from pathlib import Path
-
-    from zsq.artifact.given import given_images
-    from zsq.bits.choose import choose_bits
-    from zsq.bits.plots import write_plan
-    from zsq.runtime.context import Context
-    from zsq.runtime.policy import make_policy
-    from zsq.tables import bits_tables
-    from zsq.teacher.teacher import load_teacher
-
-    teacher = load_teacher(
-        model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
-        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle,
-    )  # fmt: skip
-    policy = make_policy(device, precision.value, compile_)
-    plan = choose_bits(
-        teacher, budget, recipe, bits=width, protocol=protocol,
-        candidates=integers(candidates, "--candidates") or (),
-        images=given_images(images, images_from),
-        context=Context(seed, policy, _reporter(quiet or as_json)),
-    )  # fmt: skip
-    if out is not None:
-        write_plan(plan, Path(out))
-    result = plan.model_dump(mode="json") | {"average": plan.average(), "bytes": plan.bytes()}
-    _print(result, as_json, lambda: bits_tables(plan))
+    show(result, as_json, lambda: evaluation_table(result))
 
 
 @app.command()
@@ -240,11 +187,11 @@ def recipes(
 
     if name is not None:
         recipe = load_recipe(name)
-        _print(json.loads(recipe.model_dump_json()), as_json, lambda: recipe_details(recipe))
+        show(json.loads(recipe.model_dump_json()), as_json, lambda: recipe_details(recipe))
         return
     found = [load_recipe(each) for each in recipe_names()]
     plain = [json.loads(recipe.model_dump_json()) for recipe in found]
-    _print({"recipes": plain}, as_json, lambda: recipes_table(found))
+    show({"recipes": plain}, as_json, lambda: recipes_table(found))
 
 
 @app.command()
@@ -254,7 +201,7 @@ def env(as_json: Json = False) -> None:
     from zsq.tables import environment_table
 
     found = environment()
-    _print(found, as_json, lambda: environment_table(found))
+    show(found, as_json, lambda: environment_table(found))
 
 
 @app.command()
@@ -267,23 +214,11 @@ def demo(
     from zsq.showcase import run_demo
     from zsq.tables import demo_table
 
-    result = run_demo(out, _reporter(quiet or as_json))
-    _print(result, as_json, lambda: demo_table(result))
+    result = run_demo(out, reporter_for(quiet or as_json))
+    show(result, as_json, lambda: demo_table(result))
 
 
-def _reporter(quiet: bool) -> Any:
-    from zsq.runtime.progress import make_reporter
-
-    return make_reporter("quiet" if quiet else "auto")
-
-
-def _print(result: dict[str, Any], as_json: bool, render: Any) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        return
-    console = Console()
-    for part in render():
-        console.print(part)
+app.add_typer(study)
 
 
 def main() -> None:

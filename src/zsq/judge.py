@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         subject: a run folder (teacher, student, and ONNX file where there is one, all on the same
-            images), an ONNX file, or a MODEL string.
+            images; the result is kept with the run), an ONNX file, or a MODEL string.
         data: folder of class folders of images; class index = position in sorted order.
         input_shape: (C, H, W), where the subject does not know it.
         mean: normalisation mean per channel, likewise.
@@ -83,7 +83,12 @@ def evaluate(
     reporter = reporter or QuietReporter()
     with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
         evaluation = evaluate_networks(networks, folder.batches(batch), progress=_advancer(task))
-    return _result(evaluation, subject, data)
+    result = _result(evaluation, subject, data)
+    if path.is_dir():
+        run = RunFolder.open(path)
+        run.record["results"]["evaluation"] = result
+        run.save()
+    return result
 
 
 def _advancer(task: Any) -> Callable[[int], None]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, how their values are read, and how results are shown."""
 
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+import json
+import sys
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from zsq.errors import UsageError
 
@@ -81,3 +84,20 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
     if found is not None and any(value != int(value) for value in found):
         raise UsageError(f"{option} {text!r} must be whole numbers like 3,224,224.")
     return None if found is None else tuple(int(value) for value in found)
+
+
+def reporter_for(quiet: bool) -> Any:
+    """Return what shows progress, or nothing."""
+    from zsq.runtime.progress import make_reporter
+
+    return make_reporter("quiet" if quiet else "auto")
+
+
+def show(result: dict[str, Any], as_json: bool, render: Any) -> None:
+    """Print a result: one JSON object, or tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    console = Console()
+    for part in render():
+        console.print(part)

@@ -21,6 +21,7 @@ from zsq.artifact.networkfile import (
     save_student,
     save_teacher,
 )
+from zsq.artifact.report import write_report
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import read_plan
 from zsq.bits.plots import write_plan
@@ -63,6 +64,7 @@ def quantize(
     compile: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
+    report: bool = True,
     reporter: Reporter | None = None,
 ) -> Student:
     """Quantize a trained network without its data.
@@ -90,6 +92,7 @@ def quantize(
         compile: allow `torch.compile` for loops long enough to repay it.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
         resume: go on with an interrupted run in ``out``.
+        report: diagnose the layers and write ``report.html`` into ``out`` at the end.
         reporter: progress; quiet by default.
 
     Returns:
@@ -129,6 +132,8 @@ def quantize(
     if plan is not None:
         write_plan(plan, folder.path)
     folder.finish()
+    if report:
+        write_report([folder.path], reporter=reporter)
     return student
 
 

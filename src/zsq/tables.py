@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from zsq.analysis.layers import Diagnosis
 from zsq.bits.plan import BitsPlan, cost_label
 from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
 from zsq.settings import Part
@@ -191,6 +192,30 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
         f"{size(plan.bytes())}; summed sensitivity {plan.sensitivity:.4g}"
         f"{'' if plan.exact else ' (frontier thinned out: not exact)'}."
     )
+
+
+def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableType]:
+    """Show what hurts, worst first."""
+    table = _table(
+        f"divergence {found.divergence:.4g} nats from the teacher on {found.images} images, {found.protocol}",
+        "weight or edge", "bits", "gain if float", "alone", "SQNR dB", "clipped", "unused codes",
+    )  # fmt: skip
+    for item in found.items[:shown]:
+        ratio = "exact" if item.sqnr is None else f"{item.sqnr:.1f}"
+        table.add_row(
+            f"{item.kind} {escape(item.name)}", str(item.bits), f"{found.gain(item):.3g}", f"{item.only:.3g}",
+            ratio, f"{100 * item.clipped:.2f} %", f"{100 * item.unused:.0f} %",
+        )  # fmt: skip
+    yield table
+    if len(found.items) > shown:
+        yield f"and {len(found.items) - shown} more, in diagnosis.json."
+    suggestions = found.suggestions()
+    yield (
+        "To spend bits where they help most, add one of these to `zsq quantize`:"
+        if suggestions
+        else "No single item stands out: more bits everywhere, or longer tuning, is the next step."
+    )
+    yield from (escape(text) for text in suggestions)
 
 
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:

@@ -13,6 +13,7 @@ from zsq import cli
 FEW = [
     "--set", "synthesis.images=16", "--set", "synthesis.batch=8", "--set", "synthesis.steps=4",
     "--set", "tuning.steps=4", "--set", "tuning.batch=8", "--no-compile", "--precision", "fp32",
+    "--no-report",
 ]  # fmt: skip
 NORMALISATION = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
 SHAPE = ["--input-shape", "3,8,8"]

@@ -9,6 +9,8 @@
 ``teacher.safetensors`` the float network, so that the run can be judged alone
 ``student.safetensors`` the quantized network as packed integers
 ``model.onnx``        the deployable file
+``diagnosis.json``    what each weight and edge costs
+``report.html``       everything for a reader; ``report.md`` is its summary
 ``checkpoints/``      finished pieces; gone when the run is done
 ====================  ==========================================================
 """

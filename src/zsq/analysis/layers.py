@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layer hurts? Every weight and every edge of a student, ranked, with what to do about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from zsq.analysis.items import Dissection, signal_to_noise
+from zsq.functional.losses import kl_divergence
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.layers import QuantizedLayer
+from zsq.quantizers.protocol import origin
+from zsq.quantizers.weight import FrozenWeight
+from zsq.runtime.context import Context
+from zsq.student import Student
+from zsq.teacher.fold import module_of, tensor_inputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Images per pass.
+PASS = 64
+#: A suggestion is made where leaving an item out removes at least this share of the divergence.
+WORTH = 0.05
+
+
+@dataclass(frozen=True)
+class Item:
+    """One weight or edge.
+
+    Attributes:
+        kind: ``weight`` or ``edge``.
+        name: path of the layer, or node whose result is quantized.
+        bits: its width.
+        sqnr: signal-to-quantization-noise ratio, decibels; None where there is no noise at all.
+        only: divergence from the teacher when nothing else is quantized, nats.
+        without: divergence when everything else is.
+        clipped: share of the values outside the range; of weights, at its ends.
+        unused: share of the codes that never occur; of weights, averaged over channels.
+        reader: layer whose override sets an edge's bits; None for weights, and where none does.
+    """
+
+    kind: str
+    name: str
+    bits: int
+    sqnr: float | None
+    only: float
+    without: float
+    clipped: float
+    unused: float
+    reader: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What quantization costs, item by item.
+
+    Attributes:
+        protocol: of the student.
+        divergence: KL from teacher to student, nats, averaged over images.
+        images: how many were looked at.
+        items: by what leaving each of them float would gain, largest first.
+    """
+
+    protocol: str
+    divergence: float
+    images: int
+    items: tuple[Item, ...]
+
+    def gain(self, item: Item) -> float:
+        """Return the divergence that goes away when an item is left float; negative if it helps."""
+        return self.divergence - item.without
+
+    def suggestions(self, count: int = 3) -> list[str]:
+        """Return overrides for the items that hurt most, ready to be pasted behind a command."""
+        found = []
+        for item in self.items:
+            path = item.name if item.kind == "weight" else item.reader
+            if path is None or item.bits >= 8 or self.gain(item) < WORTH * self.divergence:
+                continue
+            field = "weights" if item.kind == "weight" else "activations"
+            more = min(2 * item.bits, 8)
+            found.append(f"--set 'overrides=[{{match: \"{path}\", {field}: {more}}}]'")
+        return found[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the diagnosis as plain data, for JSON."""
+        items = [asdict(item) | {"gain": self.gain(item)} for item in self.items]
+        return asdict(self) | {"items": items, "suggestions": self.suggestions()}
+
+    def plot(self) -> Figure:
+        """Draw the gain of the items that hurt most."""
+        from matplotlib.figure import Figure
+
+        shown = self.items[:25][::-1]
+        figure = Figure(figsize=(7, 0.6 + 0.24 * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        colors = ["tab:blue" if item.kind == "weight" else "tab:orange" for item in shown]
+        axes.barh(range(len(shown)), [self.gain(item) for item in shown], color=colors)
+        axes.set_yticks(range(len(shown)), [item.name for item in shown], fontsize=7)
+        axes.set(xlabel=f"divergence that leaving it float removes (of {self.divergence:.3g} nats); "
+                        "blue weights, orange activations")  # fmt: skip
+        return figure
+
+
+@torch.no_grad()
+def diagnose_student(
+    student: Student, network: GraphModule, images: Tensor, context: Context | None = None
+) -> Diagnosis:
+    """Measure what each weight and each edge of a student costs.
+
+    Args:
+        student: frozen; not changed.
+        network: the float network that it was made from, see `zsq.student.prepared_network`.
+        images: (N, C, H, W), normalised; 64 to 256 are enough.
+        context: device and progress.
+
+    Returns:
+        The items, ranked.
+    """
+    context = context or Context()
+    images = images.to(context.policy.device)
+    parts = Dissection(student, network)
+    for each in (parts.quantized, parts.float):
+        context.policy.place(each)
+    wanted = _logits(parts.float, images)
+
+    def gap(candidate: Student) -> float:
+        return max(float(kl_divergence(_logits(candidate, images), wanted, 1.0, "sample")), 0.0)
+
+    seen = _Edges(parts.quantized.network)
+    for part in torch.split(images, PASS):
+        seen.run(part)
+    names = [("weight", path) for path in student.layers()]
+    names += [("edge", name) for name in student.quantizers()]
+    readers = _readers(student)
+    items = []
+    with context.reporter.task("diagnosis", len(names)) as task:
+        for kind, name in names:
+            with parts.only(kind, name) as candidate:
+                only = gap(candidate)
+            with parts.without(kind, name) as candidate:
+                without = gap(candidate)
+            facts = seen.facts(name) if kind == "edge" else _weight_facts(parts, name)
+            items.append(Item(kind, name, *facts[:2], only, without, *facts[2:],
+                              readers.get(name) if kind == "edge" else None))  # fmt: skip
+            task.advance(1)
+    items.sort(key=lambda item: item.without)
+    return Diagnosis(student.recipe.protocol, gap(parts.quantized), len(images), tuple(items))
+
+
+def _logits(student: Student, images: Tensor) -> Tensor:
+    return torch.cat([student(part).float() for part in torch.split(images, PASS)])
+
+
+def _weight_facts(parts: Dissection, path: str) -> tuple[int, float | None, float, float]:
+    """Return bits, decibels, share at the ends of the range, share of unused codes."""
+    weight = parts.quantized.layers()[path].weight
+    assert isinstance(weight, FrozenWeight)
+    codes = weight.codes().flatten(1)
+    high = 2**weight.bits - 1
+    ends = ((codes == 0) | (codes == high)).float().mean()
+    used = sum(len(row.unique()) for row in codes) / len(codes)
+    ratio = signal_to_noise(parts.originals[path].to(codes.device), weight())
+    return weight.bits, _finite(ratio), float(ends), max(1 - used / (high + 1), 0.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _readers(student: Student) -> dict[str, str]:
+    """Map each quantized node to a layer that reads it, whose override sets its bits."""
+    found: dict[str, str] = {}
+    for node in _layer_nodes(student.network):
+        source = origin(tensor_inputs(node)[0])
+        while isinstance(module_of(student.network, source), ActivationQuantizer):
+            source = origin(tensor_inputs(source)[0])
+        found.setdefault(source.name, str(node.target))
+    return found
+
+
+def _layer_nodes(network: GraphModule) -> list[Node]:
+    return [n for n in network.graph.nodes if isinstance(module_of(network, n), QuantizedLayer)]
+
+
+class _Edges(Interpreter):
+    """Runs a student and adds up, per activation quantizer, what it does to its tensor."""
+
+    def __init__(self, network: GraphModule) -> None:
+        super().__init__(network)
+        self.network = network
+        self.sums: dict[str, Tensor] = {}
+        self.used: dict[str, Tensor] = {}
+        self.bits: dict[str, int] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_module(target, args, kwargs)
+        module = self.network.get_submodule(str(target))
+        if isinstance(module, ActivationQuantizer):
+            self._add(str(target).removeprefix("quantizers."), module, args[0], result)
+        return result
+
+    def _add(self, name: str, quantizer: ActivationQuantizer, x: Tensor, rounded: Tensor) -> None:
+        codes = torch.round(x.float() / quantizer.scale) + quantizer.zero_point
+        outside = ((codes < quantizer.low) | (codes > quantizer.high)).double().mean()
+        noise = (x - rounded).double().square().mean()
+        sums = torch.stack([x.double().square().mean() * len(x), noise * len(x), outside * len(x),
+                            torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)])  # fmt: skip
+        kept = codes.clamp(quantizer.low, quantizer.high).long().flatten()
+        counts = torch.bincount(kept, minlength=2**quantizer.bits)
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.used[name] = self.used[name] + counts if name in self.used else counts
+        self.bits[name] = quantizer.bits
+
+    def facts(self, name: str) -> tuple[int, float | None, float, float]:
+        """Return bits, decibels, clipped share, share of unused codes of a quantizer."""
+        signal, noise, clipped, count = self.sums[name].tolist()
+        ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+        unused = float((self.used[name] == 0).float().mean())
+        return self.bits[name], ratio, clipped / count, unused

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says about a run, as plain data and pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsq.analysis.history import agreement, crossings, loss_history
+from zsq.analysis.imagegrid import image_grid
+from zsq.analysis.images import examine_images
+from zsq.analysis.layers import Diagnosis
+from zsq.analysis.runs import affordable_images, diagnose
+from zsq.artifact.networkfile import load_saved_teacher
+from zsq.artifact.runfolder import RunFolder
+from zsq.runtime.context import Context
+from zsq.runtime.metrics import read_metrics
+from zsq.runtime.progress import Reporter
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import Teacher
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what it shows in words."""
+
+    title: str
+    text: str
+    png: bytes
+
+    def url(self) -> str:
+        """Return the picture as a data URL, so that a page needs no second file."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything that a report shows of one run.
+
+    Attributes:
+        name: of the run's folder.
+        record: ``run.json``.
+        recipe: ``recipe.yaml`` as it was written.
+        diagnosis: of the layers.
+        pictures: plots and images.
+        warnings: sentences a reader must not miss.
+    """
+
+    name: str
+    record: dict[str, Any]
+    recipe: str
+    diagnosis: Diagnosis
+    pictures: tuple[Picture, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decided the run's result."""
+        return self.record["identity"]  # type: ignore[no-any-return]
+
+
+def collect_facts(run: str | Path, reporter: Reporter) -> RunFacts:
+    """Read a run's folder, diagnose its layers and look at its images.
+
+    Raises:
+        UsageError: no finished run.
+    """
+    folder = RunFolder.open(run)
+    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
+    images = ImageSet.load(folder.require("images.safetensors"))
+    count = affordable_images(teacher)
+    found = diagnose(run, images=count, context=Context(reporter=reporter))
+    looks = examine_images(teacher, images)
+    pictures = [*_history(folder), _picture(
+        "Images", "Batch norm statistics they reproduce, classes they show, how sure the teacher is.",
+        looks.plot(),
+    ), _grid(teacher, images), _picture(
+        "What hurts", "Divergence from the teacher that leaving one item float removes.", found.plot()
+    ), *_saved(folder)]  # fmt: skip
+    name = folder.path.resolve().name
+    recipe = folder.require("recipe.yaml").read_text(encoding="utf-8")
+    return RunFacts(name, folder.record, recipe, found, tuple(pictures), tuple(looks.warnings))
+
+
+def _history(folder: RunFolder) -> list[Picture]:
+    """Draw what the run recorded over time."""
+    path = folder.file("metrics.jsonl")
+    records = read_metrics(path) if path.exists() else []
+    found = []
+    losses = loss_history(records)
+    if losses.stages:
+        found.append(_picture("Losses", "Every term over the steps of its stage.", losses.plot()))
+    agreed, moved = agreement(records), crossings(records)
+    if agreed is not None:
+        text = (
+            f"Cosine between the gradients of {agreed.terms.replace(',', ' and ')}: mean {agreed.mean:.3f}, "
+            f"below zero at {100 * agreed.opposed:.0f} % of the recorded steps."
+        )
+        found.append(_picture("Do the losses agree?", text, agreed.plot()))
+    if moved is not None:
+        text = "Share of each layer's integers that a step changed, the step's multiplier, what never moved."
+        found.append(_picture("Integers that change", text, moved.plot()))
+    return found
+
+
+def _saved(folder: RunFolder) -> list[Picture]:
+    """Return the pictures of a bits file, where the run has one."""
+    texts = {"bits_frontier.png": "Best choices of bits per layer, and the one that was taken.",
+             "bits_sensitivity.png": "Divergence with one layer rounded, per layer and width."}  # fmt: skip
+    return [
+        Picture("Bits per layer", text, folder.file(name).read_bytes())
+        for name, text in texts.items()
+        if folder.file(name).exists()
+    ]
+
+
+def _grid(teacher: Teacher, images: ImageSet) -> Picture:
+    from PIL import Image
+
+    pixels = image_grid(images, mean=teacher.info.mean, std=teacher.info.std)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels.numpy())
+    factor = max(1, 720 // max(picture.width, 1))
+    picture = picture.resize((picture.width * factor, picture.height * factor), 0)
+    picture.save(buffer, format="PNG")
+    return Picture("What it was tuned on", "One row per class, as labelled.", buffer.getvalue())
+
+
+def _picture(title: str, text: str, figure: Figure) -> Picture:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Picture(title, text, buffer.getvalue())
+
+
+def comparison(runs: list[RunFacts]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table that sets runs and FP32 side by side."""
+    header = ["network", "protocol", "bits", "top-1 %", "top-5 %", "drop", "agreement %", "file", "smaller",
+              "ms an image", "faster", "minutes"]  # fmt: skip
+    rows: list[list[str]] = []
+    for run in runs:
+        results = run.record["results"]
+        scores, export = results.get("evaluation", {}), results.get("export", {})
+        if not rows or runs[0].identity["network"] != run.identity["network"]:
+            rows.append(_float_row(run, scores, export))
+        rows.append(_run_row(run, scores, export))
+    return header, rows
+
+
+def _float_row(run: RunFacts, scores: dict[str, Any], export: dict[str, Any]) -> list[str]:
+    return [
+        f"FP32: {run.identity['model']}", "", "32", *_accuracy(scores.get("teacher")), "", "",
+        _bytes(export.get("float_bytes")), "", _number(export.get("float_latency_ms"), 3), "", "",
+    ]  # fmt: skip
+
+
+def _run_row(run: RunFacts, scores: dict[str, Any], export: dict[str, Any]) -> list[str]:
+    recipe = run.identity["recipe"]
+    bits = recipe["bits"]
+    drop = scores.get("drop")
+    return [
+        f"{run.name} ({recipe['name']})", recipe["protocol"],
+        f"w{bits['weights']}a{bits['activations']}{' mixed' if recipe['overrides'] else ''}",
+        *_accuracy(scores.get("student")),
+        f"{drop['points']:.2f} ± {drop['stderr']:.2f}" if drop else "",
+        _number(scores.get("agreement"), 2), _bytes(export.get("bytes")),
+        f"{export['ratio']:.1f}x" if export else "", _number(export.get("latency_ms"), 3),
+        f"{export['speedup']:.1f}x" if export else "",
+        _number(sum(run.record["timings"].values()) / 60, 1),
+    ]  # fmt: skip
+
+
+def _accuracy(score: dict[str, Any] | None) -> list[str]:
+    if score is None:
+        return ["not measured", ""]
+    return [f"{score['top1']:.2f} ± {score['stderr']:.2f}", f"{score['top5']:.2f}"]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _bytes(count: float | None) -> str:
+    from zsq.tables import size
+
+    return "" if count is None else size(count)
+
+
+def settings_of(run: RunFacts) -> dict[str, str]:
+    """Return a run's settings in a few words."""
+    identity = run.identity
+    recipe, environment = identity["recipe"], run.record["environment"]
+    synthesis, tuning = recipe["synthesis"], recipe["tuning"]
+    return {
+        "model": str(identity["model"]), "recipe": f"{recipe['name']}: {recipe['title']}",
+        "paper": str(recipe["paper"]), "protocol": str(recipe["protocol"]),
+        "images": f"{identity['images']} ({synthesis['method']}, {synthesis['images']})",
+        "tuning": f"{tuning['method']}, {tuning.get('steps', 0)} steps", "seed": str(identity["seed"]),
+        "device": f"{identity['device']}, {identity['precision']}",
+        "environment": ", ".join(
+            f"{name} {_version(environment[name])}"
+            for name in ("zsq", "torch", "onnxruntime", "python", "platform")
+            if environment.get(name)
+        ),
+    }  # fmt: skip
+
+
+def _version(found: object) -> str:
+    return str(found.get("version")) if isinstance(found, dict) else str(found)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that look before or after: bits per layer, diagnosis, report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zsq.options import (
+    AllowPickle,
+    Device,
+    InputShape,
+    Json,
+    Mean,
+    Model,
+    PrecisionChoice,
+    Quiet,
+    Std,
+    Weights,
+    integers,
+    numbers,
+    reporter_for,
+    show,
+)  # fmt: skip
+
+study = typer.Typer()
+
+
+@study.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs.")],
+    out: Annotated[str | None, typer.Option("-o", "--out", help=(
+        "HTML file to write [RUN/report.html]; the summary in Markdown goes beside it."))] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write one HTML file that shows what was done, what it cost and what came out."""
+    from zsq.artifact.report import write_report
+
+    path = write_report(runs, out, reporter=reporter_for(quiet or as_json))
+    show(
+        {"report": str(path), "summary": str(path.with_suffix(".md"))}, as_json, lambda: [str(path)]
+    )
+
+
+@study.command()
+def bits(
+    model: Model,
+    budget: Annotated[str, typer.Option("--budget", help=(
+        "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
+        "(1.7MB), bit operations of one image (2.5GBOP), or its time in ONNX Runtime (1.3ms)."))],
+    out: Annotated[str | None, typer.Option("-o", "--out", help=(
+        "Folder for bits.yaml and its pictures."))] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
+    width: Annotated[str | None, typer.Option("--bits", help=(
+        "Activations of the result, as in w4a4."))] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol")] = None,
+    candidates: Annotated[str, typer.Option("--candidates", help="Widths to choose from.")] = "2,3,4,5,6,8",
+    images: Annotated[str | None, typer.Option("--images", help=(
+        "Folder of real images to measure with instead of synthetic ones."))] = None,
+    images_from: Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
+        "Measure with the images of another run."))] = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Device = "cpu",
+    precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Choose each layer's bits under a budget, by how much its rounding moves the answers."""
+    from pathlib import Path
+
+    from zsq.artifact.given import given_images
+    from zsq.bits.choose import choose_bits
+    from zsq.bits.plots import write_plan
+    from zsq.runtime.context import Context
+    from zsq.runtime.policy import make_policy
+    from zsq.tables import bits_tables
+    from zsq.teacher.teacher import load_teacher
+
+    teacher = load_teacher(
+        model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    policy = make_policy(device, precision.value, compile_)
+    plan = choose_bits(
+        teacher, budget, recipe, bits=width, protocol=protocol,
+        candidates=integers(candidates, "--candidates") or (),
+        images=given_images(images, images_from),
+        context=Context(seed, policy, reporter_for(quiet or as_json)),
+    )  # fmt: skip
+    if out is not None:
+        write_plan(plan, Path(out))
+    result = plan.model_dump(mode="json") | {"average": plan.average(), "bytes": plan.bytes()}
+    show(result, as_json, lambda: bits_tables(plan))
+
+
+@study.command()
+def diagnose(
+    run: Annotated[str, typer.Argument(help="Folder of a run.")],
+    images: Annotated[int, typer.Option("--images", min=1, help="Of the run, to look at.")] = 64,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show which layers and edges hurt most, and what to do about them."""
+    from zsq.analysis.runs import diagnose as diagnose_run
+    from zsq.runtime.context import Context
+    from zsq.runtime.policy import make_policy
+    from zsq.tables import diagnosis_tables
+
+    context = Context(0, make_policy(device, "fp32", False), reporter_for(quiet or as_json))
+    found = diagnose_run(run, images=images, context=context)
+    show(found.to_dict(), as_json, lambda: diagnosis_tables(found))
