@@ -28,6 +28,31 @@ study = typer.Typer()
 
 
 @study.command()
+def analyse(
+    run: Annotated[str, typer.Argument(help="Folder of a run.")],
+    images: Annotated[int, typer.Option("--images", min=2, help="Of the run, one fixed batch.")] = 128,
+    probes: Annotated[int, typer.Option("--probes", min=2, help="Of the Hessian's trace.")] = 32,
+    points: Annotated[int, typer.Option("--points", min=3, help="Along each direction.")] = 21,
+    radius: Annotated[float, typer.Option("--radius", help="Of the surfaces, in filters' own norms.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the curvature of a student's losses and draw their surfaces."""
+    from zsq.analysis.landscape import analyse as analyse_run
+    from zsq.runtime.context import Context
+    from zsq.runtime.policy import make_policy
+    from zsq.tables import curvature_table
+
+    context = Context(seed, make_policy(device, "fp32", False), reporter_for(quiet or as_json))
+    found = analyse_run(
+        run, images=images, probes=probes, points=points, radius=radius, context=context
+    )
+    show(found.to_dict(), as_json, lambda: curvature_table(found.curvature))
+
+
+@study.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs.")],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(

@@ -192,6 +192,9 @@ def _produce(
             chosen.save(pictures)
         with _timed(folder, "tuning"):
             student = tuned(teacher, recipe, ImageSet.load(pictures), context)
+    for snapshot in sorted(folder.file("checkpoints").glob("path_*.safetensors")):
+        folder.file("path").mkdir(exist_ok=True)
+        snapshot.replace(folder.file("path") / snapshot.name)
     save_student(student.to("cpu"), result)
 
 

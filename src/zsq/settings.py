@@ -313,6 +313,8 @@ class Finetuning(Calibration):
     agreement_every: int = Field(default=100, ge=0)
     """Steps between two records of the cosine between the gradients of divergence and cross-entropy;
     0 records none. One costs about two steps' worth of passes."""
+    snapshots: int = Field(default=0, ge=0)
+    """Snapshots of the weights, evenly spaced over training and kept with the run, for `zsq analyse`."""
     promotion: Promotion | None = None
     inundation: Inundation | None = None
 

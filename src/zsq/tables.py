@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from zsq.analysis.curvature import Curvature
 from zsq.analysis.layers import Diagnosis
 from zsq.bits.plan import BitsPlan, cost_label
 from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
@@ -216,6 +217,17 @@ def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableTy
         else "No single item stands out: more bits everywhere, or longer tuning, is the next step."
     )
     yield from (escape(text) for text in suggestions)
+
+
+def curvature_table(found: Curvature) -> Iterable[RenderableType]:
+    """Show trace and largest eigenvalues of every loss."""
+    table = _table(
+        f"curvature in {found.parameters:,} weights", "loss", "trace", "+-", "largest eigenvalues"
+    )
+    for name, trace in found.traces.items():
+        values = ", ".join(f"{value:.4g}" for value in found.spectra[name].values)
+        table.add_row(name, f"{trace.value:.4g}", f"{trace.stderr:.2g}", values)
+    yield table
 
 
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:

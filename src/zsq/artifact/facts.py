@@ -110,11 +110,19 @@ def _history(folder: RunFolder) -> list[Picture]:
 
 
 def _saved(folder: RunFolder) -> list[Picture]:
-    """Return the pictures of a bits file, where the run has one."""
+    """Return the pictures that other commands left with the run."""
     texts = {"bits_frontier.png": "Best choices of bits per layer, and the one that was taken.",
-             "bits_sensitivity.png": "Divergence with one layer rounded, per layer and width."}  # fmt: skip
+             "bits_sensitivity.png": "Divergence with one layer rounded, per layer and width.",
+             "analysis/curvature.png": "Of every loss, in the student's weights.",
+             "analysis/surface_line.png": "Every loss along a random direction.",
+             "analysis/surface_plane.png": "Every loss over two random directions.",
+             "analysis/surface_path.png": "Every loss over the plane that training ran in."}  # fmt: skip
     return [
-        Picture("Bits per layer", text, folder.file(name).read_bytes())
+        Picture(
+            "Bits per layer" if "bits" in name else "Landscape",
+            text,
+            folder.file(name).read_bytes(),
+        )
         for name, text in texts.items()
         if folder.file(name).exists()
     ]

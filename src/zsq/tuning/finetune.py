@@ -139,6 +139,7 @@ class FineTuner:
             terms: dict[str, Tensor] = {}
         else:
             terms = self._learn(batch, step - self.source.warmup, factor, measure=recorded)
+            self._snapshot(step - self.source.warmup)
         if recorded:
             self._record(step, batch.terms | terms)
         return next(iter((terms | batch.terms).values()), torch.zeros(()))
@@ -194,6 +195,13 @@ class FineTuner:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
         return {name: term.detach() for name, term in terms.items()}
+
+    def _snapshot(self, step: int) -> None:
+        """Keep the weights, evenly often and at the end, where the recipe asks for it."""
+        count, done = self.settings.snapshots, step + 1
+        if count and (done * count) // self.settings.steps > (step * count) // self.settings.steps:
+            masters = {path: weight.master.detach() for path, weight in self.weights.items()}
+            self.context.checkpoints.save(f"path_{done:06d}", masters)
 
     def _compare_gradients(self, batch: Batch, step: int) -> None:
         """Record whether divergence and cross-entropy pull the same way (AIT, section 3)."""

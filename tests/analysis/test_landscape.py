@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Curvature and surfaces of finished runs."""
+
+import json
+
+import pytest
+import torch
+from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.runs import zsq, zsq_json
+
+import zsq as package
+from zsq.analysis.curvature import hessian_trace
+from zsq.analysis.landscape import analyse
+from zsq.analysis.losses import StudentLosses
+from zsq.analysis.surface import Surface
+from zsq.functional.losses import kl_divergence
+from zsq.stages import tune
+from zsq.student import attach
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import load_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def images(teacher):
+    x = smooth_images(16)
+    with torch.no_grad():
+        return ImageSet(x, teacher(x).argmax(1))
+
+
+@pytest.fixture(scope="module")
+def run(teacher, images, tmp_path_factory):
+    """A fine-tuned run with snapshots of its path."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    package.quantize(
+        with_own_statistics(Residual()), "intraq", bits="w4a4", input_shape=(3, 8, 8), images=images,
+        settings=["tuning.steps=8", "tuning.batch=8", "tuning.range_steps=2", "tuning.snapshots=4",
+                  "tuning.lr=1e-3"], out=folder, report=False,
+    )  # fmt: skip
+    return folder
+
+
+def calibrated(teacher, images, bits):
+    recipe = package.load_recipe("zeroq", bits=bits)
+    return tune(teacher, attach(teacher, recipe), images)
+
+
+def test_losses_are_the_students_own(teacher, images):
+    student = calibrated(teacher, images, "w4a4")
+    found = StudentLosses(student, teacher, images)()
+    with torch.no_grad():
+        logits, wanted = student(images.images), teacher(images.images)
+    assert float(found["kl"].detach()) == pytest.approx(
+        float(kl_divergence(logits, wanted)), rel=1e-4
+    )
+    expected = torch.nn.functional.cross_entropy(logits, images.labels)
+    assert float(found["ce"].detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_trace_is_that_of_finite_differences_of_the_gradient(teacher, images):
+    """Through a real student, activations quantized straight through, at eight bits."""
+    losses = StudentLosses(calibrated(teacher, images, "w8a8"), teacher, images)
+    layer = losses.parameters[-1]
+    torch.manual_seed(0)
+    found = hessian_trace(lambda: losses()["ce"], [layer], probes=64)
+    total, step = 0.0, 1e-2
+    for index in range(layer.numel()):
+        slopes = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                layer.view(-1)[index] += sign * step
+            slopes.append(torch.autograd.grad(losses()["ce"], layer)[0].view(-1)[index])
+            with torch.no_grad():
+                layer.view(-1)[index] -= sign * step
+        total += float(slopes[0] - slopes[1]) / (2 * step)
+    assert found.value == pytest.approx(total, abs=max(3 * found.stderr, 0.03 * abs(total)))
+
+
+def test_the_student_is_not_changed(teacher, images):
+    student = calibrated(teacher, images, "w4a4")
+    before = student(images.images)
+    losses = StudentLosses(student, teacher, images)
+    losses.parameters[0].data.mul_(2)
+    assert torch.equal(student(images.images), before)
+
+
+def test_snapshots_of_the_path_are_kept(run):
+    assert [p.name for p in sorted((run / "path").iterdir())] == [
+        f"path_{step:06d}.safetensors" for step in (2, 4, 6, 8)
+    ]
+
+
+def test_a_run_is_analysed_into_its_folder(run, monkeypatch, capsys):
+    found = zsq_json(
+        monkeypatch, capsys, "analyse", run, "--images", 8, "--points", 5, "--probes", 4
+    )
+    assert set(found["curvature"]["terms"]) == {"kl", "ce"}
+    assert found["path"] is not None
+    names = {p.name for p in (run / "analysis").iterdir()}
+    assert names == {
+        f"{name}.{kind}" for name in ("curvature", "surface_line", "surface_plane", "surface_path")
+        for kind in ("json", "png")
+    }  # fmt: skip
+    plane = Surface.load(run / "analysis" / "surface_plane.json")
+    line = Surface.load(run / "analysis" / "surface_line.json")
+    assert plane.shape == (5, 5)
+    for term in ("kl", "ce"):
+        assert torch.allclose(plane.values[term][:, 2], line.values[term], rtol=1e-5)
+    code, out, _ = zsq(
+        monkeypatch, capsys, "analyse", run, "--images", 8, "--points", 5, "--probes", 4
+    )
+    assert code == 0
+    assert "trace" in out
+    page = (run / "report.html", zsq(monkeypatch, capsys, "report", run, "--quiet"))[0]
+    assert page.read_text(encoding="utf-8").count("Landscape") >= 4
+
+
+def test_an_interrupted_surface_goes_on(run, monkeypatch):
+    whole = analyse(run, images=8, points=5, probes=2)
+    file = run / "analysis" / "surface_plane.json"
+    data = json.loads(file.read_text())
+    data["values"] = {name: [[None] * 5, *rows[1:]] for name, rows in data["values"].items()}
+    file.write_text(json.dumps(data))
+    calls = []
+    call = StudentLosses.__call__
+    monkeypatch.setattr(StudentLosses, "__call__", lambda self: (calls.append(1), call(self))[1])
+    again = analyse(run, images=8, points=5, probes=2)
+    assert len(calls) == 5 + 2, "five missing points, one graph per loss's curvature"
+    for name, values in whole.plane.values.items():
+        assert torch.equal(again.plane.values[name], values)
