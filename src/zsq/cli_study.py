@@ -9,20 +9,26 @@ import typer
 
 from zsq.options import (
     AllowPickle,
+    Compile,
     Device,
+    Images,
+    ImagesFrom,
     InputShape,
     Json,
     Mean,
     Model,
+    Precision,
     PrecisionChoice,
+    ProtocolOption,
     Quiet,
+    Seed,
     Std,
     Weights,
     integers,
     numbers,
     reporter_for,
     show,
-)  # fmt: skip
+)
 
 study = typer.Typer()
 
@@ -34,7 +40,7 @@ def analyse(
     probes: Annotated[int, typer.Option("--probes", min=2, help="Of the Hessian's trace.")] = 32,
     points: Annotated[int, typer.Option("--points", min=3, help="Along each direction.")] = 21,
     radius: Annotated[float, typer.Option("--radius", help="Of the surfaces, in filters' own norms.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -80,21 +86,19 @@ def bits(
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
     width: Annotated[str | None, typer.Option("--bits", help=(
         "Activations of the result, as in w4a4."))] = None,
-    protocol: Annotated[str | None, typer.Option("--protocol")] = None,
+    protocol: ProtocolOption = None,
     candidates: Annotated[str, typer.Option("--candidates", help="Widths to choose from.")] = "2,3,4,5,6,8",
-    images: Annotated[str | None, typer.Option("--images", help=(
-        "Folder of real images to measure with instead of synthetic ones."))] = None,
-    images_from: Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
-        "Measure with the images of another run."))] = None,
+    images: Images = None,
+    images_from: ImagesFrom = None,
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
     weights: Weights = None,
     allow_pickle: AllowPickle = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
-    precision: Annotated[PrecisionChoice, typer.Option("--precision")] = PrecisionChoice.auto,
-    compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    precision: Precision = PrecisionChoice.auto,
+    compile_: Compile = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

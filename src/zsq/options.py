@@ -53,6 +53,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 BitsOption = Annotated[
     str | None, typer.Option("--bits", help="Weights and activations, e.g. w4a4, or a bits file.")
 ]
+ProtocolOption = Annotated[str | None, typer.Option("--protocol", help=(
+    "edges-8bit, integer or all-low-bit."))]  # fmt: skip
+Images = Annotated[str | None, typer.Option("--images", help=(
+    "Folder of real images to use instead of synthetic ones."))]  # fmt: skip
+ImagesFrom = Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
+    "Use the images of another run: its folder, or its images.safetensors."))]  # fmt: skip
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Precision = Annotated[PrecisionChoice, typer.Option("--precision")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 
 

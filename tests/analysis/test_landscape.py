@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.networks import Residual, with_own_statistics
 from helpers.runs import zsq, zsq_json
+from helpers.students import labelled_images, teacher_of
 
 import zsq as package
 from zsq.analysis.curvature import hessian_trace
@@ -16,21 +17,16 @@ from zsq.analysis.surface import Surface
 from zsq.functional.losses import kl_divergence
 from zsq.stages import tune
 from zsq.student import attach
-from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    return teacher_of()
 
 
 @pytest.fixture(scope="module")
 def images(teacher):
-    x = smooth_images(16)
-    with torch.no_grad():
-        return ImageSet(x, teacher(x).argmax(1))
+    return labelled_images(teacher, 16)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.networks import smooth_images
+from helpers.students import teacher_of
 from torch import nn
 
 from zsq.analysis.items import Dissection, signal_to_noise
@@ -15,15 +16,13 @@ from zsq.config import load_recipe
 from zsq.stages import prepared_teacher, tune
 from zsq.student import attach, prepared_network
 from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import load_teacher
 
 IMAGES = smooth_images(32)
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    return teacher_of()
 
 
 def made(teacher, name, *settings, bits="w3a3", overrides=()):

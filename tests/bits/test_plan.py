@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.students import labelled_images, teacher_of
 from torch import nn
 
 from zsq.bits.choose import choose_bits
@@ -19,21 +19,17 @@ from zsq.quantizers.minmax import MinMaxWeight
 from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
-from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import Teacher, load_teacher
+from zsq.teacher.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    return teacher_of()
 
 
 @pytest.fixture(scope="module")
 def images(teacher):
-    x = smooth_images(32)
-    with torch.no_grad():
-        return ImageSet(x, teacher(x).argmax(1))
+    return labelled_images(teacher, 32)
 
 
 INNER = ("a1", "a2", "proj", "b1", "b2")

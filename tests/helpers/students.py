@@ -20,6 +20,13 @@ def teacher_of(make=Residual):
     return load_teacher(with_own_statistics(make()), input_shape=SHAPE)
 
 
+def labelled_images(teacher, count=32, seed=0):
+    """Return smooth images with the teacher's own labels."""
+    x = smooth_images(count, seed=seed)
+    with torch.no_grad():
+        return ImageSet(x, teacher(x).argmax(1))
+
+
 #: Few steps, and everything that tests rely on, whatever the recipes of the day are.
 FEW = [
     "tuning.steps=4", "tuning.batch=8", "tuning.unit=block", "tuning.drop=0.5", "tuning.mix=0.5",

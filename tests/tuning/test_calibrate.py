@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.networks import smooth_images
+from helpers.students import teacher_of
 
 from zsq.config import load_recipe
 from zsq.functional.affine import dequantize, quantize
@@ -12,13 +13,11 @@ from zsq.quantizers.minmax import minmax_grid
 from zsq.stages import tune
 from zsq.student import attach
 from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    return teacher_of()
 
 
 def calibrated(teacher, bits, *settings, protocol=None):

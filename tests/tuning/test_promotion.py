@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 from helpers.kills import Killed
-from helpers.networks import Residual, smooth_images, with_own_statistics
+from helpers.networks import smooth_images
+from helpers.students import labelled_images, teacher_of
 
 from zsq.config import load_recipe
 from zsq.functional.alignment import alignment_loss
@@ -18,9 +19,7 @@ from zsq.runtime.metrics import MetricsLog, read_metrics
 from zsq.stages import tune
 from zsq.student import attach
 from zsq.synthesis.batches import Batch
-from zsq.synthesis.images import ImageSet
 from zsq.teacher.blocks import block_outputs, tap_nodes
-from zsq.teacher.teacher import load_teacher
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder, rounded_once
 
@@ -29,15 +28,12 @@ SMALL = ["tuning.steps=4", "tuning.batch=8", "tuning.range_steps=2", "tuning.lr=
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    return load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    return teacher_of()
 
 
 @pytest.fixture(scope="module")
 def images(teacher):
-    x = smooth_images(24)
-    with torch.no_grad():
-        return ImageSet(x, teacher(x).argmax(1))
+    return labelled_images(teacher, 24)
 
 
 def ready(teacher, *settings, name="hast", bits="w3a3"):
