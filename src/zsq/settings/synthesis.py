@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of how images come about."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from zsq.settings.base import Crop, Part
+
+
+class GenieSynthesis(Part):
+    """GENIE-D (arXiv 2212.04780, section 4.1): how calibration images are made."""
+
+    method: Literal["genie"] = "genie"
+    images: int = Field(default=1024, ge=1)
+    """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
+    batch: int = Field(default=128, ge=2)
+    """Images that share a generator and batch statistics."""
+    steps: int = Field(default=4000, ge=1)
+    """Optimisation steps per batch."""
+    latent: int = Field(default=256, ge=1)
+    """Length of each image's latent vector."""
+    latent_lr: float = Field(default=0.1, gt=0)
+    generator_lr: float = Field(default=0.01, gt=0)
+    generator_decay: float = Field(default=0.95, gt=0, le=1)
+    """Factor on the generator's rate every ``decay_every`` steps."""
+    decay_every: int = Field(default=100, ge=1)
+    plateau_patience: int = Field(default=100, ge=1)
+    """Steps without a relatively 1e-4 better loss before the latents' rate falls to a tenth."""
+    swing: bool = True
+    """Shift the input of strided convolutions at random (swing convolution)."""
+
+
+class GeneratorSynthesis(Part):
+    """A conditional generator that learns from the teacher (GDFQ, Qimera, AutoReCon).
+
+    Fine-tuning goes on training it: every batch that the student sees is new.
+    """
+
+    method: Literal["generator"] = "generator"
+    generator: Literal["gdfq", "qimera", "autorecon"] = "gdfq"
+    images: int = Field(default=1024, ge=1)
+    """Images that are drawn from the finished generator and kept with the run."""
+    steps: int = Field(default=800, ge=1)
+    """Warm-up: steps of the generator before the student starts to learn."""
+    batch: int = Field(default=200, ge=2)
+    """Images per step, of generator and student."""
+    latent: int | None = Field(default=100, ge=1)
+    """Length of the noise; None: of the teacher's last feature (Qimera)."""
+    conditional: bool = False
+    """The class enters through conditional batch norms (ImageNet) instead of an embedding."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Rate of Adam; divided by ten wherever the student's is."""
+    statistics_weight: float = Field(default=0.1, ge=0)
+    """Weight of the batch norm distance beside the cross-entropy."""
+    superpose: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a batch is made of mixtures of classes (Qimera)."""
+    mixed: int = Field(default=2, ge=1)
+    """Classes per mixture."""
+    embedding: Literal["random", "classifier"] = "random"
+    """Where the label embedding starts: at random, or at the rows of the teacher's classifier."""
+    disentangle: int | None = Field(default=None, ge=1)
+    """Width of the linear map on the embedding (disentanglement mapping); None: no map."""
+    norm_as_released: bool = False
+    """Normalise mixtures as Qimera's public code does, over the batch and divided by their number."""
+    architecture: str = "published"
+    """AutoReCon's cells: ``published``, ``search``, or a file that a search saved."""
+    search_steps: int = Field(default=20000, ge=1)
+    """Steps of a search, where one is asked for."""
+
+
+class PixelLosses(Part):
+    """Weights of the terms that pixels are optimised for; 0 leaves a term out."""
+
+    image_statistics: float = Field(default=0.0, ge=0)
+    """Every image's mean and standard deviation against the batch norms' (ZeroQ)."""
+    batch_statistics: float = Field(default=0.0, ge=0)
+    """The batch's mean and variance against the batch norms' (IntraQ, HAST)."""
+    cross_entropy: float = Field(default=0.0, ge=0)
+    """With random labels, weighted by ``difficulty`` (HAST)."""
+    soft_target: float = Field(default=0.0, ge=0)
+    """The label's probability against a random wanted one (soft inception, IntraQ)."""
+    class_band: float = Field(default=0.0, ge=0)
+    """The distance of pooled features to their class centre, kept within ``band`` (IntraQ)."""
+
+
+class PixelSynthesis(Part):
+    """Images whose pixels are optimised (ZeroQ, IntraQ, HAST)."""
+
+    method: Literal["pixels"] = "pixels"
+    images: int = Field(default=5120, ge=1)
+    """Images to make in all; the last batches are smaller where ``batch`` does not divide them."""
+    batch: int = Field(default=256, ge=2)
+    """Images that share batch statistics."""
+    parallel: int = Field(default=1, ge=1)
+    """Batches in flight side by side: speed where one does not fill the device, nothing else."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimisation steps per batch."""
+    lr: float = Field(default=0.5, gt=0)
+    """Rate of Adam."""
+    plateau_patience: int = Field(default=50, ge=1)
+    """Steps without a relatively 1e-4 better loss before the rate falls to a tenth."""
+    init_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the noise that pixels start from."""
+    losses: PixelLosses = PixelLosses(batch_statistics=1.0)
+    difficulty: float = Field(default=0.0, ge=0)
+    """Gamma of ``(1 - p)**gamma * CE``; 0 is the plain cross-entropy."""
+    soft_floor: float = Field(default=1.0, gt=0, le=1)
+    """Half of the wanted probabilities are drawn from here to 1, the others are 1."""
+    band: tuple[float, float] = (0.0, 2.0)
+    """Smallest and largest cosine distance to the class centre."""
+    crop: Crop | None = None
+    """Augmentation inside the loop."""
