@@ -63,13 +63,15 @@ def report(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs.")],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(
         "HTML file to write [RUN/report.html]; the summary in Markdown goes beside it."))] = None,
+    real: Annotated[str | None, typer.Option("--real", help=(
+        "Folder of real images to set the synthetic ones beside."))] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write one HTML file that shows what was done, what it cost and what came out."""
     from zsq.artifact.report import write_report
 
-    path = write_report(runs, out, reporter=reporter_for(quiet or as_json))
+    path = write_report(runs, out, real=real, reporter=reporter_for(quiet or as_json))
     show(
         {"report": str(path), "summary": str(path.with_suffix(".md"))}, as_json, lambda: [str(path)]
     )

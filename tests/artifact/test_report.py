@@ -87,6 +87,22 @@ def test_the_command_line_writes_it(runs, tmp_path, monkeypatch, capsys):
     assert "nats from the teacher" in out
 
 
+def test_real_images_are_set_beside(runs, tmp_path, monkeypatch, capsys):
+    folder = write_images(tmp_path / "real", 9)
+    one = zsq_json(
+        monkeypatch, capsys, "report", runs[0], "--real", folder, "-o", tmp_path / "a.html"
+    )
+    two = zsq_json(monkeypatch, capsys, "report", runs[0], "-o", tmp_path / "b.html")
+    pages = [(tmp_path / name).read_text(encoding="utf-8") for name in ("a.html", "b.html")]
+    assert one["report"] != two["report"]
+    assert pages[0] != pages[1]
+    code, _, err = zsq(
+        monkeypatch, capsys, "report", runs[0], "--real", tmp_path / "none", "--quiet"
+    )
+    assert code == 2
+    assert "none" in err
+
+
 def test_names_cannot_break_the_page(runs, tmp_path):
     import shutil
 

@@ -16,6 +16,7 @@ from zsq.analysis.layers import Diagnosis
 from zsq.analysis.runs import affordable_images, diagnose
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
+from zsq.evaluation.folder import load_images, open_folder
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import read_metrics
 from zsq.runtime.progress import Reporter
@@ -65,18 +66,18 @@ class RunFacts:
         return self.record["identity"]  # type: ignore[no-any-return]
 
 
-def collect_facts(run: str | Path, reporter: Reporter) -> RunFacts:
+def collect_facts(run: str | Path, reporter: Reporter, real: str | Path | None = None) -> RunFacts:
     """Read a run's folder, diagnose its layers and look at its images.
 
     Raises:
-        UsageError: no finished run.
+        UsageError: no finished run, or no readable folder of real images.
     """
     folder = RunFolder.open(run)
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     images = ImageSet.load(folder.require("images.safetensors"))
     count = affordable_images(teacher)
     found = diagnose(run, images=count, context=Context(reporter=reporter))
-    looks = examine_images(teacher, images)
+    looks = examine_images(teacher, images, _real(teacher, real, len(images)))
     pictures = [*_history(folder), _picture(
         "Images", "Batch norm statistics they reproduce, classes they show, how sure the teacher is.",
         looks.plot(),
@@ -86,6 +87,18 @@ def collect_facts(run: str | Path, reporter: Reporter) -> RunFacts:
     name = folder.path.resolve().name
     recipe = folder.require("recipe.yaml").read_text(encoding="utf-8")
     return RunFacts(name, folder.record, recipe, found, tuple(pictures), tuple(looks.warnings))
+
+
+def _real(teacher: Teacher, folder: str | Path | None, count: int) -> ImageSet | None:
+    """Read as many real images as there are synthetic ones: distances shrink as a set grows."""
+    if folder is None:
+        return None
+    info = teacher.info
+    opened = open_folder(
+        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
+    )
+    pixels, labels = load_images(opened, min(count, len(opened)), 0)
+    return ImageSet(pixels, labels, {"method": "real"})
 
 
 def _history(folder: RunFolder) -> list[Picture]:

@@ -16,8 +16,9 @@ from zsq.runtime.progress import QuietReporter, Reporter
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path | None = None, *, reporter: Reporter | None = None
-) -> Path:
+    runs: Sequence[str | Path], out: str | Path | None = None, *,
+    real: str | Path | None = None, reporter: Reporter | None = None,
+) -> Path:  # fmt: skip
     """Write a report on one or more runs.
 
     The page holds its pictures, needs neither a network nor a server, and its tables sort.
@@ -26,6 +27,7 @@ def write_report(
         runs: folders that `quantize` wrote; several are set side by side.
         out: the HTML file; ``report.html`` in the first run's folder by default. The Markdown
             summary goes beside it.
+        real: an ImageFolder of real images to set the runs' images beside.
         reporter: progress.
 
     Returns:
@@ -36,7 +38,7 @@ def write_report(
     """
     if not runs:
         raise UsageError("no run was given; name the folder of at least one finished run.")
-    facts = [collect_facts(run, reporter or QuietReporter()) for run in runs]
+    facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
     path = Path(out) if out is not None else Path(runs[0]) / "report.html"
     for target, text in ((path, html_page(facts)), (path.with_suffix(".md"), markdown(facts))):
         with atomic_write(target) as temporary:
