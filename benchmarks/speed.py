@@ -3,7 +3,7 @@
 
 Nothing else should run meanwhile.
 
-    python benchmarks/speed.py [synthesis] [pixels] [reconstruction] [finetuning] [inundation]
+    python benchmarks/speed.py [synthesis] [pixels] [reconstruction] [finetuning] [recording] [inundation]
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch.fx import GraphModule
 
 from zsq.config import GenieSynthesis, load_recipe
 from zsq.runtime.context import Context
+from zsq.runtime.metrics import MetricsLog
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import QuietReporter
 from zsq.student import attach, prepared_network
@@ -29,7 +32,7 @@ from zsq.synthesis.labels import plain_labels
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.teacher import Teacher, load_teacher
-from zsq.tuning.finetune import FineTuner
+from zsq.tuning.finetune import RECORD_EVERY, FineTuner
 from zsq.tuning.pieces import block_pieces
 from zsq.tuning.reconstruct import run
 from zsq.tuning.tuner import PieceTuner, Problem
@@ -184,6 +187,26 @@ def finetuning(teacher: Teacher) -> None:
               f"{whole / alone:.2f}x")  # fmt: skip
 
 
+def recording(teacher: Teacher) -> None:
+    """Print what fine-tuning's records cost at their default frequency, batch 64, as recipes run."""
+    recipe = load_recipe("gdfq+ait", bits="w4a4", schedule="quick", settings=["synthesis.steps=2"])
+    with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "m.jsonl") as metrics:
+        context = Context(policy=make_policy(), metrics=metrics)
+        source = GeneratorLearner(teacher, recipe.synthesis, context, 1000)
+        tuner = FineTuner(teacher, attach(teacher, recipe), source, recipe.tuning, context)
+        for step in range(30):
+            tuner.step(step)
+        count = iter(range(10**6 + 1, 10**7, 100))  # neither recorded nor compared
+        step_ms = milliseconds(lambda: tuner.step(next(count)), 20)
+        batch = source.next(1.0)
+        compare = milliseconds(lambda: tuner._compare_gradients(batch, 0), 10)
+        look = milliseconds(tuner.watch.look, 10)
+    every = recipe.tuning.agreement_every
+    share = (compare / every + look / RECORD_EVERY) / step_ms
+    print(f"recording: gradients compared in {compare:.0f} ms every {every} steps, integers in {look:.1f} ms "
+          f"every {RECORD_EVERY}: {100 * share:.1f} % of a step of {step_ms:.0f} ms")  # fmt: skip
+
+
 def bare_finetuning(teacher: Teacher, batch: int) -> float:
     """Return the time of the passes alone: generator and teacher, then a float student."""
     recipe, context = load_recipe("gdfq"), Context(policy=make_policy(precision="fp32"))
@@ -231,7 +254,14 @@ def inundation() -> None:
 
 if __name__ == "__main__":
     loaded = load_teacher("zsq:resnet20_cifar10")
-    wanted = sys.argv[1:] or ["reconstruction", "synthesis", "pixels", "finetuning", "inundation"]
+    wanted = sys.argv[1:] or [
+        "reconstruction",
+        "synthesis",
+        "pixels",
+        "finetuning",
+        "recording",
+        "inundation",
+    ]
     if "reconstruction" in wanted:
         reconstruction(loaded)
     if "synthesis" in wanted:
@@ -240,5 +270,7 @@ if __name__ == "__main__":
         pixels(loaded)
     if "finetuning" in wanted:
         finetuning(loaded)
+    if "recording" in wanted:
+        recording(loaded)
     if "inundation" in wanted:
         inundation()

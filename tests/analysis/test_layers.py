@@ -162,3 +162,11 @@ def test_the_float_twin_of_a_fine_tuned_student_is_the_teacher(teacher):
 def test_pictures_are_drawn(calibrated, tmp_path):
     diagnose_student(*calibrated, IMAGES).plot().savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_large_networks_are_diagnosed_on_fewer_images(teacher):
+    from zsq.analysis.runs import IMAGES, affordable_images
+
+    assert affordable_images(teacher, 10) == IMAGES
+    assert affordable_images(teacher, 10**6) < IMAGES
+    assert affordable_images(teacher, 10**12) == 8

@@ -305,3 +305,16 @@ def test_the_input_is_left_alone():
     before = x.clone()
     fake_quantize(x, torch.tensor(0.1), torch.tensor(4.0), 15, keep=x > 0)
     assert torch.equal(x, before)
+
+
+def test_without_gradients_the_numbers_are_the_same():
+    """Evaluation takes a shorter way; what is evaluated is what was trained."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3
+    for zero_point in (0.0, 7.0):
+        grid = torch.tensor(0.173), torch.tensor(zero_point)
+        with_gradients = fake_quantize(x.clone().requires_grad_(), *grid, 14, 1)
+        before = x.clone()
+        with torch.no_grad():
+            without = fake_quantize(x, *grid, 14, 1)
+        assert torch.equal(with_gradients.detach(), without)
+        assert torch.equal(x, before)

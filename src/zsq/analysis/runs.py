@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
 
 from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
@@ -19,18 +24,20 @@ from zsq.teacher.teacher import Teacher
 
 #: Images that a diagnosis looks at.
 IMAGES = 64
-#: Multiply-accumulates that a diagnosis within a report may cost.
-AFFORDABLE_MACS = 2e13
+#: Seconds that a diagnosis within a report may take on a small machine, about.
+AFFORDABLE = 60.0
+#: What such a machine does in a second: multiply-accumulates, and elements written by operators.
+MACS_A_SECOND, ELEMENTS_A_SECOND = 5e10, 1e8
 
 
 def diagnose(
-    run: str | Path, *, images: int = IMAGES, context: Context | None = None
+    run: str | Path, *, images: int | None = IMAGES, context: Context | None = None
 ) -> Diagnosis:  # fmt: skip
     """Find out which layers of a run hurt, and write ``diagnosis.json`` and its picture.
 
     Args:
         run: the folder that `quantize` wrote.
-        images: how many of its images to look at.
+        images: how many of its images to look at; None: what takes about a minute, at most 64.
         context: device and progress.
 
     Returns:
@@ -45,6 +52,8 @@ def diagnose(
     pictures = ImageSet.load(folder.require("images.safetensors"))
     prepared = prepared_teacher(teacher, student.recipe, pictures)
     network = prepared_network(prepared, student.recipe)
+    if images is None:
+        images = affordable_images(teacher, len(student.layers()) + len(student.quantizers()))
     found = diagnose_student(student, network, pictures.images[:images], context)
     folder.write_text("diagnosis.json", json.dumps(found.to_dict(), indent=1) + "\n")
     with atomic_write(folder.file("diagnosis.png")) as temporary:
@@ -52,8 +61,29 @@ def diagnose(
     return found
 
 
-def affordable_images(teacher: Teacher) -> int:
-    """Return how many images a diagnosis can look at within about a minute of a small machine."""
-    macs = count_macs(teacher.network, teacher.info.input_shape)
-    passes = 6 * len(macs)  # every layer and its edges, alone and left out
-    return max(8, min(IMAGES, int(AFFORDABLE_MACS / max(passes * sum(macs.values()), 1))))
+def affordable_images(teacher: Teacher, items: int) -> int:
+    """Return how many images a diagnosis can look at within about a minute of a small machine.
+
+    Computed from the network alone, so that a report does not depend on what else runs.
+
+    Args:
+        teacher: the float network.
+        items: weights and edges; each takes two passes.
+    """
+    macs = sum(count_macs(teacher.network, teacher.info.input_shape).values())
+    counter = _Elements(teacher.network)
+    with torch.no_grad():
+        counter.run(torch.zeros(1, *teacher.info.input_shape))
+    one = macs / MACS_A_SECOND + counter.count / ELEMENTS_A_SECOND
+    return max(8, min(IMAGES, int(AFFORDABLE / (2 * items * one))))
+
+
+class _Elements(Interpreter):
+    """Counts the elements that a network's operators write."""
+
+    count = 0
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        self.count += result.numel() if isinstance(result, Tensor) else 0
+        return result

@@ -13,7 +13,7 @@ from zsq.analysis.history import agreement, crossings, loss_history
 from zsq.analysis.imagegrid import image_grid
 from zsq.analysis.images import examine_images
 from zsq.analysis.layers import Diagnosis
-from zsq.analysis.runs import affordable_images, diagnose
+from zsq.analysis.runs import diagnose
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
 from zsq.evaluation.folder import load_images, open_folder
@@ -75,8 +75,7 @@ def collect_facts(run: str | Path, reporter: Reporter, real: str | Path | None =
     folder = RunFolder.open(run)
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     images = ImageSet.load(folder.require("images.safetensors"))
-    count = affordable_images(teacher)
-    found = diagnose(run, images=count, context=Context(reporter=reporter))
+    found = diagnose(run, images=None, context=Context(reporter=reporter))
     looks = examine_images(teacher, images, _real(teacher, real, len(images)))
     pictures = [*_history(folder), _picture(
         "Images", "Batch norm statistics they reproduce, classes they show, how sure the teacher is.",

@@ -134,6 +134,10 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([0.26, 9.0]), torch.tensor(0.1), torch.tensor(0.0), 15)
         tensor([0.3000, 1.5000])
     """
+    if keep is None and not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+        # the same numbers without what only a backward pass needs: half the time
+        codes = (x / scale).clamp_(low - zero_point, high - zero_point).round_()
+        return codes.mul_(scale)
     mask = None if keep is None else keep.to(x.dtype)
     return _FakeQuantize.apply(x, scale, zero_point, low, high, mask)  # type: ignore[no-any-return,no-untyped-call]
 
