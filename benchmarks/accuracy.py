@@ -65,7 +65,7 @@ def run(
             f"{SHARED / 'teachers' / 'models.py'}:{options.network}", options.recipe, bits=bits,
             schedule=options.schedule, settings=options.settings, input_shape=shape, seed=seed,
             images=images, out=Path(folder) / "run", device=options.device,
-            reporter=make_reporter("quiet"), **normalisation,
+            reporter=make_reporter("quiet"), report=False, **normalisation,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         record = RunFolder.open(Path(folder) / "run").record

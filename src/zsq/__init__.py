@@ -9,6 +9,10 @@
 
 from importlib.metadata import version
 
+from zsq.analysis.images import examine_images
+from zsq.analysis.landscape import analyse
+from zsq.analysis.runs import diagnose
+from zsq.artifact.report import write_report
 from zsq.bits.choose import choose_bits
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
@@ -23,9 +27,12 @@ __all__ = [
     "Recipe",
     "Student",
     "Teacher",
+    "analyse",
     "attach",
     "choose_bits",
+    "diagnose",
     "evaluate",
+    "examine_images",
     "export",
     "inspect",
     "load",
@@ -36,4 +43,5 @@ __all__ = [
     "synthesize",
     "tune",
     "tune_with_generator",
+    "write_report",
 ]
