@@ -59,6 +59,28 @@ def analyse(
 
 
 @study.command()
+def sweep(
+    file: Annotated[
+        str, typer.Argument(help="YAML: models, recipes, bits, seeds, settings, data.")
+    ],
+    out: Annotated[str, typer.Option("-o", "--out", help="Folder for the runs and their table.")],
+    workers: Annotated[int, typer.Option("--workers", help="Runs at a time.")] = 1,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run models x recipes x bits x seeds, going on where an earlier sweep stopped."""
+    from zsq.sweep import Sweep, run_sweep
+    from zsq.tables import sweep_tables
+
+    rows = run_sweep(
+        Sweep.load(file), out, workers=workers, reporter=reporter_for(quiet or as_json)
+    )
+    show({"cells": rows}, as_json, lambda: sweep_tables(rows))
+    if any(row["status"] != "done" for row in rows):
+        raise typer.Exit(1)
+
+
+@study.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs.")],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(

@@ -219,6 +219,23 @@ def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableTy
     yield from (escape(text) for text in suggestions)
 
 
+def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
+    """Show a sweep's cells."""
+    table = _table(
+        "sweep", "model", "recipe", "bits", "seed", "top-1 %", "drop", "smaller", "status"
+    )
+    for row in rows:
+        shown = [row.get(key) for key in ("student", "drop", "ratio")]
+        cells = ["" if value is None else f"{value:.2f}" for value in shown]
+        table.add_row(escape(row["model"]), escape(row["recipe"]), row["bits"], str(row["seed"]), *cells,
+                      row["status"])  # fmt: skip
+    yield table
+    failed = [row for row in rows if row["status"] != "done"]
+    if failed:
+        yield f"{len(failed)} of {len(rows)} cells failed:"
+        yield from (escape(f"{row['folder']}: {row['error']}") for row in failed)
+
+
 def curvature_table(found: Curvature) -> Iterable[RenderableType]:
     """Show trace and largest eigenvalues of every loss."""
     table = _table(

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many runs from one file: models x recipes x bits x seeds, resumed where they are, one table.
+
+Every cell is a process of its own, `zsq quantize` with the cell's folder: a cell that fails or is
+killed costs nothing but itself, and the same sweep started again does what is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from zsq.errors import UsageError
+from zsq.runtime.files import atomic_write
+from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.settings import Part
+
+
+class Sweep(Part):
+    """What a sweep file says."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    recipes: tuple[str, ...] = Field(min_length=1)
+    bits: tuple[str, ...] = Field(default=("w4a4",), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    schedule: Literal["quick", "full"] = "full"
+    settings: tuple[str, ...] = ()
+    """``KEY=VALUE`` changes, for every cell."""
+    options: tuple[str, ...] = ()
+    """Further options of `zsq quantize`, e.g. ``--input-shape=3,64,64``."""
+    data: str | None = None
+    """An ImageFolder to evaluate every cell on."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Read a sweep file.
+
+        Raises:
+            UsageError: missing, or not a sweep.
+        """
+        try:
+            return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"the sweep {path} cannot be read: {str(error)[:150]}.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "file"
+            raise UsageError(
+                f"the sweep {path}: {key}: {first['msg']}; it needs `models` and `recipes`, and may "
+                "hold `bits`, `seeds`, `schedule`, `settings`, `options` and `data`."
+            ) from error
+
+    def cells(self) -> list[Cell]:
+        """Return every combination."""
+        return [
+            Cell(*combination)
+            for combination in itertools.product(self.models, self.recipes, self.bits, self.seeds)
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    model: str
+    recipe: str
+    bits: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder.
+
+        Example:
+            >>> Cell("zsq:resnet20_cifar10", "gdfq+ait", "w4a4", 0).folder
+            'zsq_resnet20_cifar10.gdfq+ait.w4a4.0'
+        """
+        parts = (self.model, self.recipe, self.bits, str(self.seed))
+        return ".".join(re.sub(r"[^\w+-]+", "_", part).strip("_") for part in parts)
+
+
+def run_sweep(
+    sweep: Sweep, out: str | Path, *, workers: int = 1, reporter: Reporter | None = None
+) -> list[dict[str, Any]]:
+    """Do what is missing of a sweep.
+
+    Args:
+        sweep: what to run.
+        out: one folder per cell, ``results.json`` and ``results.md``, written after every cell.
+        workers: processes at a time; the cores are shared out among them.
+        reporter: progress.
+
+    Returns:
+        A row per cell, in the order of the sweep; failed ones say why.
+
+    Raises:
+        UsageError: no worker.
+    """
+    if workers < 1:
+        raise UsageError(f"--workers {workers} must be at least 1.")
+    place, cells = Path(out), sweep.cells()
+    place.mkdir(parents=True, exist_ok=True)
+    rows: dict[Cell, dict[str, Any]] = {}
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    reporter = reporter or QuietReporter()
+    with reporter.task("sweep", len(cells)) as task, ThreadPoolExecutor(workers) as pool:
+        started = {pool.submit(_run_cell, sweep, cell, place, threads): cell for cell in cells}
+        for future in as_completed(started):
+            rows[started[future]] = future.result()
+            _write(place, [rows[cell] for cell in cells if cell in rows])
+            task.advance(1)
+    return [rows[cell] for cell in cells]
+
+
+def _run_cell(sweep: Sweep, cell: Cell, place: Path, threads: int) -> dict[str, Any]:
+    """Quantize and evaluate one cell, each unless it is done."""
+    folder = place / cell.folder
+    row: dict[str, Any] = {**vars(cell), "folder": cell.folder}
+    record = _record(folder)
+    if record.get("status") != "done":
+        failure = _zsq(_command(sweep, cell, folder), threads)
+        if failure:
+            return row | {"status": "failed", "error": failure}
+    if sweep.data is not None and "evaluation" not in _record(folder)["results"]:
+        failure = _zsq(["evaluate", str(folder), "--data", sweep.data, "--quiet"], threads)
+        if failure:
+            return row | {"status": "not evaluated", "error": failure}
+    return row | {"status": "done"} | _figures(_record(folder))
+
+
+def _command(sweep: Sweep, cell: Cell, folder: Path) -> list[str]:
+    settings = [part for setting in sweep.settings for part in ("--set", setting)]
+    resume = ["--resume"] if (folder / "run.json").exists() else []
+    return [
+        "quantize", cell.model, "--recipe", cell.recipe, "--bits", cell.bits, "--seed", str(cell.seed),
+        "--schedule", sweep.schedule, *settings, *sweep.options, *resume, "--quiet", "-o", str(folder),
+    ]  # fmt: skip
+
+
+def _zsq(arguments: Sequence[str], threads: int) -> str:
+    """Run a command of zsq; return its last line of complaint, or nothing."""
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "zsq", *arguments], capture_output=True, text=True, check=False,
+        env=environment,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a finished run's figures."""
+    results = record["results"]
+    scores, export = results.get("evaluation"), results.get("export", {})
+    figures: dict[str, Any] = {
+        "protocol": record["identity"]["recipe"]["protocol"],
+        "ratio": export.get("ratio"), "speedup": export.get("speedup"),
+        "seconds": round(sum(record["timings"].values()), 1),
+    }  # fmt: skip
+    if scores:
+        figures |= {
+            "teacher": scores["teacher"]["top1"], "student": scores["student"]["top1"],
+            "drop": scores["drop"]["points"], "stderr": scores["drop"]["stderr"],
+        }  # fmt: skip
+    return figures
+
+
+#: Columns of the table.
+COLUMNS = ("model", "recipe", "protocol", "bits", "seed", "student", "drop", "stderr", "ratio",
+           "speedup", "seconds", "status", "error")  # fmt: skip
+
+
+def _write(place: Path, rows: list[dict[str, Any]]) -> None:
+    def cell(value: Any) -> str:
+        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|")
+
+    table = [COLUMNS, ["---"] * len(COLUMNS), *([row.get(c) for c in COLUMNS] for row in rows)]
+    lines = ["| " + " | ".join(map(cell, line)) + " |" for line in table]
+    for name, text in (
+        ("results.json", json.dumps(rows, indent=1)),
+        ("results.md", "\n".join(lines)),
+    ):
+        with atomic_write(place / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
