@@ -168,6 +168,16 @@ def test_recipes_train_and_leave_the_teacher_alone(teacher, images, name, tmp_pa
     assert all(p.grad is None for p in teacher.network.parameters())
 
 
+def test_any_terms_gradients_can_be_compared(teacher, images, tmp_path):
+    settings = [*SMALL, "tuning.agreement_every=2", "tuning.agreement_terms=[kl, ce, alignment]"]
+    recipe = load_recipe("intraq", bits="w4a4", settings=settings)
+    with MetricsLog(tmp_path / "m.jsonl") as metrics:
+        tune(teacher, attach(teacher, recipe), images, context=Context(metrics=metrics))
+    found = [r for r in read_metrics(tmp_path / "m.jsonl") if r["stage"] == "agreement"]
+    assert len(found) == 2
+    assert {"kl,ce", "kl,alignment", "ce,alignment"} <= set(found[0])
+
+
 def test_learning_brings_the_student_nearer(teacher, images):
     found = []
     for steps in (0, 120):

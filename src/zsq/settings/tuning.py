@@ -145,8 +145,10 @@ class Finetuning(Calibration):
     kl_mean: Literal["element", "sample"] = "element"
     """Average the divergence over images and classes, as published, or over images only."""
     agreement_every: int = Field(default=100, ge=0)
-    """Steps between two records of the cosine between the gradients of divergence and cross-entropy;
-    0 records none. One costs about two steps' worth of passes."""
+    """Steps between two records of the cosines between the gradients of loss terms; 0 records none. One
+    costs about two steps' worth of passes."""
+    agreement_terms: tuple[Literal["kl", "ce", "alignment"], ...] = ("kl", "ce")
+    """The terms whose gradients are compared, two by two, whether the student learns from them or not."""
     snapshots: int = Field(default=0, ge=0)
     """Snapshots of the weights, evenly spaced over training and kept with the run, for `zsq analyse`."""
     promotion: Promotion | None = None

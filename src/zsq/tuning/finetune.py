@@ -41,8 +41,6 @@ from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
 RECORD_EVERY = 50
-#: The terms whose gradients are compared.
-AGREEMENT = ("kl", "ce")
 #: Steps between two checkpoints.
 CHECKPOINT_EVERY = 200
 
@@ -204,8 +202,9 @@ class FineTuner:
             self.context.checkpoints.save(f"path_{done:06d}", masters)
 
     def _compare_gradients(self, batch: Batch, step: int) -> None:
-        """Record whether divergence and cross-entropy pull the same way (AIT, section 3)."""
-        losses = self.objective.separate(batch.images, self.objective.lesson(batch), AGREEMENT)
+        """Record whether loss terms pull the same way (AIT, section 3)."""
+        terms = self.settings.agreement_terms
+        losses = self.objective.separate(batch.images, self.objective.lesson(batch), terms)
         masters = {path: weight.master for path, weight in self.weights.items()}
         self.context.record("agreement", step, **gradient_cosines(losses, masters))
 

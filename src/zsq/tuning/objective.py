@@ -72,7 +72,8 @@ class Objective:
         self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
         self.names = list(self.weights)
         network = prepared_network(teacher, student.recipe)
-        aligned = FEATURE_TERMS & set(self.names)
+        looked_at = {*self.names, *(settings.agreement_terms if settings.agreement_every else ())}
+        aligned = FEATURE_TERMS & looked_at
         blocks = block_outputs(network, student.info.input_shape) if aligned else []
         self.blocks = blocks
         self.student = tap_nodes(student.network, blocks)
