@@ -31,6 +31,9 @@ def main(runs: list[Path], out: Path) -> None:
                 shutil.copy(run / "analysis" / f"{name}.png", out / f"{run.name}.{name}.png")
         print(f"{run.name}: cosine {agreed.mean:.3f}, below zero at {100 * agreed.opposed:.0f} % of "
               f"{len(agreed.overall.steps)} records")  # fmt: skip
+        half = len(agreed.overall.values) // 2
+        print(f"  first half {fmean(agreed.overall.values[:half]):.2f}, second half "
+              f"{fmean(agreed.overall.values[half:]):.2f}")  # fmt: skip
         for place in (1, -1):
             changed = [series.values[place] for series in crossed.changed.values()]
             factors = [series.values[place] for series in crossed.multiplier.values()]
