@@ -119,3 +119,30 @@ def test_bad_requests(tmp_path):
         export_student(student, float_network, torch.zeros(4, 3, 9, 9), tmp_path / "n.onnx")
     assert not (tmp_path / "n.onnx").exists()
     assert SHAPE == (3, 8, 8)
+
+
+def test_added_edges_reach_further_than_the_images_as_far_as_the_recipe_says():
+    from helpers.students import labelled_images, teacher_of
+
+    from zsq.config import load_recipe
+    from zsq.export.deploy import to_integer
+    from zsq.stages import tune
+    from zsq.student import attach
+
+    teacher = teacher_of()
+    images = labelled_images(teacher)
+    scales = {}
+    for margin in (1.0, 2.0):
+        recipe = load_recipe("zeroq", settings=[f"tuning.edge_margin={margin}"])
+        student = tune(teacher, attach(teacher, recipe), images)
+        integer = to_integer(student, images.images)
+        scales[margin] = {name: float(q.scale) for name, q in integer.quantizers().items()}
+        own = set(student.quantizers())
+    added = set(scales[1.0]) - own - {"x"}
+    assert added
+    assert any(name in scales[1.0] for name in own)
+    for name, scale in scales[1.0].items():
+        if name in added:
+            assert scales[2.0][name] == pytest.approx(2 * scale, rel=1e-5)
+        elif name in own:
+            assert scales[2.0][name] == scale

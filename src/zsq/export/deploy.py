@@ -32,9 +32,6 @@ LARGEST_BIAS = 2**30
 LARGEST_POOL_STEP = 128
 #: Images that the structure of the network is read with; an odd batch tells it from other sizes.
 _PROBE = 3
-#: How much wider than on the synthetic images the 8-bit ranges of added edges are: real images reach
-#: further (ZeroQ's by so much that W8A8 lost 1.5 points more in the file), and at 8 bits width is cheap.
-MARGIN = 1.3
 _BATCH = 128
 
 
@@ -128,7 +125,7 @@ def _extend(integer: Student, facts: Facts, images: Tensor) -> Placement:
     calibrate(integer.network, new, batches, power=tuning.power, asymmetric=tuning.asymmetric)
     with torch.no_grad():
         for quantizer in new.values():
-            quantizer.raw_scale.mul_(MARGIN)
+            quantizer.raw_scale.mul_(tuning.edge_margin)
     _cover_pixels(integer, new)
     for quantizer in new.values():
         quantizer.settle()

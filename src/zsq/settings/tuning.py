@@ -19,6 +19,9 @@ class Calibration(Part):
     """Let two-sided activations have an off-centre zero point."""
     calibration_images: int = Field(default=256, ge=1)
     """Images that choose the first activation steps."""
+    edge_margin: float = Field(default=1.3, gt=0)
+    """How much wider than on the run's images the 8-bit ranges of the edges that export adds are: real
+    images reach further than synthetic ones, and at 8 bits width is cheap."""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """Per cent of the values that a range of kind ``percentile`` keeps at either end."""
 
