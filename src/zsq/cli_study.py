@@ -150,8 +150,7 @@ def bits(
     )  # fmt: skip
     if out is not None:
         write_plan(plan, Path(out))
-    result = plan.model_dump(mode="json") | {"average": plan.average(), "bytes": plan.bytes()}
-    show(result, as_json, lambda: bits_tables(plan))
+    show(plan.to_dict(), as_json, lambda: bits_tables(plan))
 
 
 @study.command()

@@ -86,6 +86,17 @@ def test_the_student_is_not_changed(teacher, images):
     assert torch.equal(student(images.images), before)
 
 
+def test_many_images_are_looked_at_some_at_a_time(teacher, images, monkeypatch):
+    from zsq.analysis import losses
+
+    student = calibrated(teacher, images, "w4a4")
+    whole = StudentLosses(student, teacher, images)()
+    monkeypatch.setattr(losses, "PASS", 5)
+    parts = StudentLosses(student, teacher, images)()
+    for name, value in whole.items():
+        assert float(parts[name].detach()) == pytest.approx(float(value.detach()), rel=1e-5)
+
+
 def test_snapshots_of_the_path_are_kept(run):
     assert [p.name for p in sorted((run / "path").iterdir())] == [
         f"path_{step:06d}.safetensors" for step in (2, 4, 6, 8)

@@ -150,6 +150,8 @@ def test_a_file_is_read_back_and_pictures_are_drawn(teacher, images, tmp_path):
     assert read_plan(str(tmp_path / "bits" / "bits.yaml")) == plan
     for name in ("bits_frontier.png", "bits_sensitivity.png"):
         assert (tmp_path / "bits" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plan.plot().savefig(tmp_path / "plot.png")
+    assert plan.to_dict()["average"] == plan.average()
     assert read_plan("w4a4") is None
     assert read_plan(None) is None
 

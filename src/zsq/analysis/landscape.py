@@ -58,12 +58,18 @@ class Landscape:
             "plane": self.plane.to_dict(), "path": self.path.to_dict() if self.path else None,
         }  # fmt: skip
 
+    def plot(self) -> Figure:
+        """Draw the surface along the training path, or where that is unknown a random plane."""
+        if self.path is not None and self.directions is not None:
+            return self.path.plot(self.directions.coordinates)
+        return self.plane.plot()
+
     def figures(self) -> dict[str, Figure]:
         """Draw everything."""
         found = {"curvature": self.curvature.plot(), "surface_line": self.line.plot(),
                  "surface_plane": self.plane.plot()}  # fmt: skip
-        if self.path is not None and self.directions is not None:
-            found["surface_path"] = self.path.plot(self.directions.coordinates)
+        if self.path is not None:
+            found["surface_path"] = self.plot()
         return found
 
 

@@ -17,6 +17,9 @@ from zsq.student import Student
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import Teacher
 
+#: Images at a time: without gradients this bounds the memory, however many there are.
+PASS = 128
+
 
 class StudentLosses:
     """Divergence and cross-entropy of a student on fixed images.
@@ -53,11 +56,12 @@ class StudentLosses:
         self.labels = images.labels.to(policy.device)
         self.temperature = temperature
         with torch.no_grad():
-            self.wanted = policy.place(teacher.network)(self.images)
+            network = policy.place(teacher.network)
+            self.wanted = torch.cat([network(part) for part in torch.split(self.images, PASS)])
 
     def __call__(self) -> dict[str, Tensor]:
-        """Return every loss, from one pass."""
-        logits = self.student(self.images)
+        """Return every loss, from one pass over the images, some of them at a time."""
+        logits = torch.cat([self.student(part) for part in torch.split(self.images, PASS)])
         return {
             "kl": kl_divergence(logits, self.wanted, self.temperature),
             "ce": cross_entropy(logits.float(), self.labels),

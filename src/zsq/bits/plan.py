@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -23,6 +23,9 @@ from zsq.teacher.fold import calls, tensor_inputs
 from zsq.teacher.inspect import count_macs
 from zsq.teacher.layers import Layer
 from zsq.teacher.teacher import Teacher
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 1
 #: Points of the frontier that a file keeps for its picture.
@@ -74,6 +77,16 @@ class BitsPlan(Part):
     def bytes(self) -> int:
         """Return the size of all packed weights."""
         return sum(-(-self.weights[path] * bits // 8) for path, bits in self.layers.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, with its average and its size."""
+        return self.model_dump(mode="json") | {"average": self.average(), "bytes": self.bytes()}
+
+    def plot(self) -> Figure:
+        """Draw the frontier with the chosen point; `zsq.bits.plots` has the sensitivities too."""
+        from zsq.bits.plots import plot_frontier
+
+        return plot_frontier(self)
 
     def changes(self, teacher: Teacher) -> dict[str, object]:
         """Return the recipe fields that put the plan into effect.
