@@ -54,7 +54,9 @@ class _RoundingRegularizer(torch.autograd.Function):
     """One power serves value and gradient."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, h: Tensor, beta: float) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, h: Tensor, beta: float | Tensor
+    ) -> Tensor:
         centered = 2.0 * h - 1.0
         distance = centered.abs()
         power = distance.pow(beta - 1.0)
@@ -68,17 +70,17 @@ class _RoundingRegularizer(torch.autograd.Function):
         return torch.sign(centered).mul_(power).mul_(-2.0 * ctx.beta * gradient), None  # type: ignore[attr-defined]
 
 
-def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
+def rounding_regularizer(h: Tensor, beta: float | Tensor) -> Tensor:
     """Sum of ``1 - |2h - 1|**beta``: 0 where a bit is decided, 1 where it is at one half.
 
     Args:
         h: soft bits, any shape, in [0, 1].
-        beta: exponent above 1; large values only pull bits that are nearly decided.
+        beta: exponent above 1, a number or a scalar; large values only pull bits that are nearly decided.
 
     Returns:
         A scalar.
     """
-    return _RoundingRegularizer.apply(h, float(beta))  # type: ignore[no-any-return,no-untyped-call]
+    return _RoundingRegularizer.apply(h, beta)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def beta_at(

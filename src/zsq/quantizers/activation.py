@@ -21,6 +21,7 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         drop: probability that an element passes through unquantized (QDrop, arXiv 2203.05740);
             0 except while a unit is being reconstructed.
+        mask: which elements pass, where `draw_mask` decided it; None lets each pass draw.
         enabled: False turns the quantizer into the identity.
         low, high: the codes that may occur, 0 and 2**bits - 1 unless an activation function that
             was folded in here (ReLU, ReLU6) narrows them.
@@ -28,6 +29,7 @@ class ActivationQuantizer(nn.Module):
 
     zero_point: Tensor
     calibrated: Tensor
+    mask: Tensor | None
 
     def __init__(self, bits: int, *, log_scale: bool = True) -> None:
         super().__init__()
@@ -39,6 +41,7 @@ class ActivationQuantizer(nn.Module):
         self.raw_scale = nn.Parameter(torch.zeros(()) if log_scale else torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
         self.register_buffer("calibrated", torch.tensor(False))
+        self.register_buffer("mask", None, persistent=False)
 
     @property
     def drop(self) -> float:
@@ -47,7 +50,14 @@ class ActivationQuantizer(nn.Module):
 
     @drop.setter
     def drop(self, probability: float) -> None:
-        self.masks = RandomMasks(probability)
+        self.masks, self.mask = RandomMasks(probability), None
+
+    def draw_mask(self, x: Tensor) -> None:
+        """Draw what the next passes leave unquantized, for inputs with the layout of ``x``.
+
+        Without it every pass draws for itself, which a compiler cannot take.
+        """
+        self.mask = self.masks.draw(x) if self.drop > 0 else None
 
     @property
     def scale(self) -> Tensor:
@@ -79,7 +89,11 @@ class ActivationQuantizer(nn.Module):
         """Return ``x`` on the quantizer's grid."""
         if not self.enabled:
             return x
-        keep = self.masks.draw(x) if self.drop > 0 else None
+        if x.dtype == torch.bfloat16:
+            x = x.float()  # a code of 8 bits is as fine as bf16's mantissa
+        keep = self.mask
+        if keep is None and self.drop > 0:
+            keep = self.masks.draw(x)
         return fake_quantize(x, self.scale, self.zero_point, self.high, self.low, keep)
 
     def extra_repr(self) -> str:

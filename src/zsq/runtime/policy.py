@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zsq.errors import UsageError
 
@@ -105,12 +105,12 @@ class Compiled:
         self.proved = False
         self.note = note
 
-    def __call__(self, *arguments: Tensor | None) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         """Call the function."""
         if self.compiled is None:
             return self.function(*arguments)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._limit():
                 warnings.simplefilter("ignore")
                 result = self.compiled(*arguments)
         except Exception as error:
@@ -126,3 +126,9 @@ class Compiled:
             return self.function(*arguments)
         self.proved = True
         return result
+
+    def _limit(self) -> contextlib.AbstractContextManager[Any]:
+        """Let one method be compiled for many objects; the default gives up, silently, after eight."""
+        if self.proved:
+            return contextlib.nullcontext()
+        return torch._dynamo.config.patch(recompile_limit=256)  # type: ignore[no-any-return]

@@ -27,6 +27,7 @@ from zsq.student import Student, calibrate_student, prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.pieces import cut_piece, nodes_up_to
 from zsq.teacher.teacher import Teacher
+from zsq.tuning.compiling import PieceCompiler
 from zsq.tuning.pieces import Piece, block_pieces, layer_modules, layer_pieces, quantizer_modules
 from zsq.tuning.tuner import PASS, PieceTuner, Problem
 
@@ -56,11 +57,12 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
     policy.place(student.network)
     settings = student.recipe.tuning
     assert isinstance(settings, Reconstruction)
+    compiler = PieceCompiler(policy, context.reporter.note)
     for each in _passes(settings):
         if each.settings.unit == "layer":
-            _layers_one_by_one(network, student, images.images, each, context)
+            _layers_one_by_one(network, student, images.images, each, context, compiler)
         else:
-            _blocks_in_a_row(network, student, images.images, each, context)
+            _blocks_in_a_row(network, student, images.images, each, context, compiler)
     calibrate_student(student, images.images.to(policy.device))
     return student.freeze()
 
@@ -87,21 +89,31 @@ def _passes(settings: Reconstruction) -> list[_Pass]:
 
 
 def _blocks_in_a_row(
-    network: GraphModule, student: Student, images: Tensor, sweep: _Pass, context: Context
+    network: GraphModule,
+    student: Student,
+    images: Tensor,
+    sweep: _Pass,
+    context: Context,
+    compiler: PieceCompiler,
 ) -> None:
     pieces = block_pieces(network, student)
     from_teacher = from_student = images
     for index, piece in enumerate(pieces):
         target = run(piece.teacher, from_teacher, context)
         problem = Problem(from_teacher, from_student, target)
-        _tune_or_restore(index, len(pieces), piece, problem, sweep, context)
+        _tune_or_restore(index, len(pieces), piece, problem, sweep, context, compiler)
         if index < len(pieces) - 1:
             from_student = run(piece.student, from_student, context)
         from_teacher = target
 
 
 def _layers_one_by_one(
-    network: GraphModule, student: Student, images: Tensor, sweep: _Pass, context: Context
+    network: GraphModule,
+    student: Student,
+    images: Tensor,
+    sweep: _Pass,
+    context: Context,
+    compiler: PieceCompiler,
 ) -> None:
     pieces = layer_pieces(network, student)
     for index, piece in enumerate(pieces):
@@ -114,7 +126,7 @@ def _layers_one_by_one(
             inputs = [run(part, images, context) for part in parts]
         target = run(piece.teacher, inputs[0], context)
         problem = Problem(inputs[0], inputs[1], target)
-        _tune_or_restore(index, len(pieces), piece, problem, sweep, context)
+        _tune_or_restore(index, len(pieces), piece, problem, sweep, context, compiler)
 
 
 @torch.no_grad()
@@ -127,7 +139,13 @@ def run(piece: GraphModule, inputs: Tensor, context: Context) -> Tensor:
 
 
 def _tune_or_restore(
-    index: int, count: int, piece: Piece, problem: Problem, sweep: _Pass, context: Context
+    index: int,
+    count: int,
+    piece: Piece,
+    problem: Problem,
+    sweep: _Pass,
+    context: Context,
+    compiler: PieceCompiler,
 ) -> None:
     name = f"{sweep.name}_{index:03d}"
     saved = context.checkpoints.load(name)
@@ -140,7 +158,14 @@ def _tune_or_restore(
         seeded(context.seed, "tuning", sweep.name, index),
         context.reporter.task(title, steps) as task,
     ):
-        tuner = PieceTuner(piece, problem, sweep.settings, context, activations=sweep.activations)
+        tuner = PieceTuner(
+            piece,
+            problem,
+            sweep.settings,
+            context,
+            activations=sweep.activations,
+            compiler=compiler,
+        )
         tuner.calibrate()
         for step in range(steps if tuner.optimizers else 0):
             loss = tuner.step(step)

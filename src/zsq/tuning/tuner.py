@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from zsq.config import Reconstruction
 from zsq.functional.masks import RandomMasks
 from zsq.functional.rounding import beta_at, rounding_regularizer
 from zsq.functional.schedules import cosine
 from zsq.quantizers.attach import calibrate
+from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.weight import SoftRoundWeight
 from zsq.runtime.context import Context
+from zsq.runtime.policy import Policy
+from zsq.tuning.compiling import Loss, PieceCompiler, reconstruction_error
 from zsq.tuning.pieces import Piece, layer_modules, quantizer_modules
 
 #: Images per pass when boundaries are computed.
 PASS = 64
+#: Weights of more bits are tuned in float32: bf16 errs by half a code of 8 bits, by 1/8 of 6.
+BITS_BELOW_BF16 = 6
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,12 @@ class PieceTuner:
         settings: of the recipe.
         context: says where to compute.
         activations: quantize the piece's activations too; False leaves its quantizers alone.
+        compiler: shared by the pieces of a sweep; None computes every step as it is written.
     """
 
     def __init__(
         self, piece: Piece, problem: Problem, settings: Reconstruction, context: Context, *,
-        activations: bool = True,
+        activations: bool = True, compiler: PieceCompiler | None = None,
     ) -> None:  # fmt: skip
         self.piece, self.settings, self.context = piece, settings, context
         self.problem = _channels_last(problem, context.policy.device)
@@ -55,9 +63,14 @@ class PieceTuner:
             for w in (layer.weight for layer in self.layers.values())
             if isinstance(w, SoftRoundWeight)
         ]
+        self.autocast = _autocast(context.policy, self.layers.values())
         self.order = torch.empty(0, dtype=torch.long)
         self.masks = RandomMasks(settings.mix)
         self.optimizers = self._optimizers()
+        batch = min(settings.batch, len(problem.target))
+        worth = compiler is not None and compiler.worth(settings.steps, batch, problem.target)
+        self.compiler = compiler if worth else None
+        self.compiled: Loss | None = None
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.settings
@@ -109,34 +122,40 @@ class PieceTuner:
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
-        outputs = self.piece.student(inputs)
-        if self.settings.loss_power == 2:
-            total = functional.mse_loss(outputs, target, reduction="sum")
-        else:
-            total = (outputs - target).abs().pow(self.settings.loss_power).sum()
-        return total * (target.shape[1] / target.numel())
+        with self.autocast():
+            outputs = self.piece.student(inputs)
+        return reconstruction_error(outputs.float(), target, self.settings.loss_power)
+
+    def pull(self, step: int) -> tuple[float, float]:
+        """Return the regulariser's exponent and weight; it has none during the warm-up."""
+        settings = self.settings
+        beta = beta_at(
+            step, settings.steps, start=settings.beta_start, end=settings.beta_end,
+            warmup=settings.warmup,
+        )  # fmt: skip
+        warming_up = step < settings.warmup * settings.steps
+        return beta, 0.0 if warming_up or not self.weights else settings.rounding_weight
 
     def regularizer(self, step: int) -> Tensor | None:
-        """Return lambda times the rounding regulariser of the last forward pass.
-
-        None during the warm-up.
-        """
-        settings = self.settings
-        if (
-            step < settings.warmup * settings.steps
-            or not self.weights
-            or settings.rounding_weight == 0
-        ):
+        """Return lambda times the rounding regulariser of the last forward pass, None where it is 0."""
+        beta, weight = self.pull(step)
+        if weight == 0:
             return None
-        beta = beta_at(
-            step,
-            settings.steps,
-            start=settings.beta_start,
-            end=settings.beta_end,
-            warmup=settings.warmup,
-        )
         terms = [rounding_regularizer(w.used_bits, beta) for w in self.weights]
-        return settings.rounding_weight * torch.stack(terms).sum()
+        return weight * torch.stack(terms).sum()
+
+    def losses(self, step: int, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is minimised in a step, and the reconstruction error in it."""
+        if self.compiler is None:
+            error, regularizer = self.loss(inputs, target), self.regularizer(step)
+            return error if regularizer is None else error + regularizer, error
+        if self.compiled is None:
+            self.compiled = self.compiler.loss(
+                self.piece, self.quantizers.values(), inputs, power=self.settings.loss_power,
+                autocast=self.autocast,
+            )  # fmt: skip
+        beta, weight = torch.tensor(self.pull(step), device=inputs.device)
+        return self.compiled(inputs, target, beta, weight)
 
     def step(self, step: int) -> Tensor:
         """Make one step; return the reconstruction error of its batch, detached."""
@@ -146,19 +165,18 @@ class PieceTuner:
         if self.settings.mix > 0:
             student_side = self.masks.draw(inputs)
             inputs = torch.lerp(inputs, problem.from_student[indices], student_side)
-        loss = self.loss(inputs, problem.target[indices])
-        regularizer = self.regularizer(step)
+        total, error = self.losses(step, inputs, problem.target[indices])
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.optimizers:
-            (loss if regularizer is None else loss + regularizer).backward()  # type: ignore[no-untyped-call]
+            total.backward()  # type: ignore[no-untyped-call]
         if self.step_optimizer is not None:
             factor = cosine(step, self.settings.steps)
             for group, rate in zip(self.step_optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = rate * factor
         for optimizer in self.optimizers:
             optimizer.step()
-        return loss.detach()
+        return error.detach()
 
     def finish(self) -> float:
         """Round hard and stop dropping; return the share of bits that were still undecided."""
@@ -170,6 +188,15 @@ class PieceTuner:
             quantizer.drop = 0.0
         self.piece.student.requires_grad_(False)
         return open_bits / total if total else 0.0
+
+
+def _autocast(
+    policy: Policy, layers: Iterable[QuantizedLayer]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Return the precision of a piece's passes: the policy's where it is much finer than a code."""
+    if all(layer.bits <= BITS_BELOW_BF16 for layer in layers):
+        return policy.autocast
+    return nullcontext
 
 
 def _channels_last(problem: Problem, device: torch.device) -> Problem:
