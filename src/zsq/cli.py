@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from zsq.cli_bench import measuring
 from zsq.cli_study import study
 from zsq.errors import ZsqError
 from zsq.options import (
@@ -221,6 +222,7 @@ def demo(
     show(result, as_json, lambda: demo_table(result))
 
 
+app.add_typer(measuring)
 app.add_typer(study)
 
 

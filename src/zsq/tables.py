@@ -18,7 +18,8 @@ from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """Return an empty table in the style of all of them; numbers stand on the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
@@ -40,7 +41,7 @@ def size(count: float) -> str:
 
 def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
     """Summarise a finished run."""
-    table = _table(f"run {escape(record['run'])}: {record['status']}", "what", "value")
+    table = new_table(f"run {escape(record['run'])}: {record['status']}", "what", "value")
     identity = record["identity"]
     recipe = identity["recipe"]
     bits = recipe["bits"]
@@ -58,7 +59,7 @@ def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
 
 def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
     """Show what an export came to."""
-    table = _table("ONNX file against the simulation", "what", "value")
+    table = new_table("ONNX file against the simulation", "what", "value")
     for key, value in report.items():
         if key == "bytes" or key.endswith("_bytes"):
             value = size(value)
@@ -68,7 +69,7 @@ def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
 
 def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
     """Show accuracies."""
-    table = _table(
+    table = new_table(
         f"accuracy on {escape(result['data'])}", "network", "top-1 %", "+-", "top-5 %", "images"
     )
     for name in ("teacher", "student", "simulation", "onnx"):
@@ -94,7 +95,7 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
 
 def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
     """Show what was understood of a network."""
-    facts = _table(escape(found.model), "what", "value")
+    facts = new_table(escape(found.model), "what", "value")
     facts.add_row("input", " x ".join(map(str, found.input_shape)))
     facts.add_row("parameters", f"{found.parameters:,}")
     facts.add_row("multiply-accumulates", f"{found.macs:,}")
@@ -107,11 +108,11 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
             "No batch norm has running statistics: images cannot be synthesised from this network; "
             "quantize it with --images FOLDER."
         )
-    units = _table("reconstruction units", "unit", "layers")
+    units = new_table("reconstruction units", "unit", "layers")
     for unit in found.units:
         units.add_row(escape(unit["name"]), str(len(unit["layers"])))
     yield units
-    plans = _table(
+    plans = new_table(
         "protocols", "protocol", "weights (layers)", "activations (tensors)", "expected size"
     )
     for name, plan in found.protocols.items():
@@ -120,7 +121,7 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
         ]
         plans.add_row(name, *cells, size(plan["bytes"]))
     yield plans
-    layers = _table(
+    layers = new_table(
         "layers", "layer", "weight", "groups", "MACs", *(f"bits, {p}" for p in found.protocols)
     )
     for layer in found.layers:
@@ -159,7 +160,7 @@ def _schedule(recipe: Recipe) -> str:
 def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     """Show one recipe with the meaning of its settings."""
     yield escape(to_yaml(recipe))
-    table = _table("what the settings mean", "setting", "meaning")
+    table = new_table("what the settings mean", "setting", "meaning")
     parts: dict[str, Part] = {
         "synthesis": recipe.synthesis, "tuning": recipe.tuning,
     }  # fmt: skip
@@ -175,12 +176,12 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
 
 def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
     """Show a choice of bits, and the frontier it lies on."""
-    frontier = _table("frontier", cost_label(plan.kind), "summed sensitivity (nats)")
+    frontier = new_table("frontier", cost_label(plan.kind), "summed sensitivity (nats)")
     shown = plan.frontier[:: max(len(plan.frontier) // 15, 1)]
     for point in shown:
         frontier.add_row(f"{point.cost:.6g}", f"{point.sensitivity:.4g}")
     yield frontier
-    table = _table(f"bits for {escape(plan.model)}, {plan.protocol}, {plan.budget}",
+    table = new_table(f"bits for {escape(plan.model)}, {plan.protocol}, {plan.budget}",
                    "layer", "weights", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
     for path, bits in plan.layers.items():
         values = plan.measured.get(path, {})
@@ -197,7 +198,7 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
 
 def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableType]:
     """Show what hurts, worst first."""
-    table = _table(
+    table = new_table(
         f"divergence {found.divergence:.4g} nats from the teacher on {found.images} images, {found.protocol}",
         "weight or edge", "bits", "gain if float", "alone", "SQNR dB", "clipped", "unused codes",
     )  # fmt: skip
@@ -221,7 +222,7 @@ def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableTy
 
 def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
     """Show a sweep's cells."""
-    table = _table(
+    table = new_table(
         "sweep", "model", "recipe", "bits", "seed", "top-1 %", "drop", "smaller", "status"
     )
     for row in rows:
@@ -238,7 +239,7 @@ def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
 
 def curvature_table(found: Curvature) -> Iterable[RenderableType]:
     """Show trace and largest eigenvalues of every loss."""
-    table = _table(
+    table = new_table(
         f"curvature in {found.parameters:,} weights", "loss", "trace", "+-", "largest eigenvalues"
     )
     for name, trace in found.traces.items():
@@ -249,7 +250,7 @@ def curvature_table(found: Curvature) -> Iterable[RenderableType]:
 
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:
     """Show the environment."""
-    table = _table("environment", "what", "value")
+    table = new_table("environment", "what", "value")
     for key, value in found.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for name, content in rows:
@@ -259,7 +260,7 @@ def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:
 
 def demo_table(result: dict[str, Any]) -> Iterable[RenderableType]:
     """Show FP32, simulation and ONNX file side by side."""
-    table = _table(
+    table = new_table(
         result["title"], "network", "top-1 % on held-out digits", "size", "time per image"
     )
     for row in result["rows"]:
