@@ -6,7 +6,7 @@
 ['finetuning', 'genie', 'pixels', 'reconstruction']
 """
 
-from zsq.bench.bench import bench
 from zsq.bench.measure import LOOPS, Request
+from zsq.bench.run import bench
 
 __all__ = ["LOOPS", "Request", "bench"]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(step: Callable[[], None]) -> int:
+def count_flops(step: Callable[[], object]) -> int:
     """Return the floating-point operations of one call.
 
     Args:

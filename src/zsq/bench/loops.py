@@ -21,7 +21,8 @@ from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.runtime.policy import Policy
 from zsq.teacher.teacher import Teacher
 
-Step = Callable[[], None]
+#: Passes, or a whole step of a plain loop, which returns its loss.
+Step = Callable[[], object]
 #: Images that operations are counted with; each operation is proportional to their number.
 COUNTED_IMAGES = 2
 

@@ -81,11 +81,15 @@ class Request:
 
 @dataclass(frozen=True)
 class _Figures:
-    """One part's figures."""
+    """One part's figures; they keep none of its tensors alive."""
 
-    part: Part
-    times: Times
+    name: str
+    batch: int
+    schedule: int
+    dtype: torch.dtype
+    compiled: bool
     flops: int
+    times: Times
 
 
 def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
@@ -113,13 +117,13 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     memory = PeakMemory(policy.device)
     with seeded(0, "bench", request.loop):
         found = [_figures(part, request, memory) for part in LOOPS[request.loop](job)]
-    dtype = found[0].part.policy.dtype
+    dtype = found[0].dtype
     peak = matmul_peak(policy.device, dtype)
     result = {
         "model": request.model, "loop": request.loop, "input_shape": list(teacher.info.input_shape),
         "parameters": sum(p.numel() for p in teacher.network.parameters()),
-        "batch": found[0].part.batch, "images": request.images,
-        "precision": str(dtype).removeprefix("torch."), "compiled": found[0].part.compiled,
+        "batch": found[0].batch, "images": request.images,
+        "precision": str(dtype).removeprefix("torch."), "compiled": found[0].compiled,
         "steps": request.steps, "threads": torch.get_num_threads(),
     }  # fmt: skip
     result |= _rates([f.times.median() for f in found], found, peak)
@@ -138,14 +142,16 @@ def _figures(part: Part, request: Request, memory: PeakMemory) -> _Figures:
     with contextlib.suppress(EnoughError):
         part.drive(turns.tick)
     flops = count_flops(part.counted_step()) * part.batch // COUNTED_IMAGES
-    return _Figures(part, turns.times, flops)
+    return _Figures(
+        part.name, part.batch, part.schedule, part.policy.dtype, part.compiled, flops, turns.times
+    )
 
 
 def _rates(seconds: list[float], found: list[_Figures], peak: float) -> dict[str, Any]:
     """Return what follows from the time of a step of every part."""
     total, flops = sum(seconds), sum(f.flops for f in found)
-    images = sum(f.part.batch for f in found)
-    schedule = sum(s * f.part.schedule for s, f in zip(seconds, found, strict=True))
+    images = sum(f.batch for f in found)
+    schedule = sum(s * f.schedule for s, f in zip(seconds, found, strict=True))
     return {
         "seconds": total, "steps_per_second": len(found) / total, "images_per_second": images / total,
         "flops": flops, "flops_per_second": flops / total, "share_of_peak": flops / total / peak,
@@ -173,4 +179,4 @@ def _rivals(found: list[_Figures], peak: float) -> dict[str, Any]:
 def _part_row(figures: _Figures, peak: float) -> dict[str, Any]:
     rates = _rates([figures.times.median()], [figures], peak)
     kept = {key: rates[key] for key in ("seconds", "flops", "share_of_peak")}
-    return {"name": figures.part.name, **kept, **_rivals([figures], peak)}
+    return {"name": figures.name, **kept, **_rivals([figures], peak)}

@@ -35,7 +35,7 @@ def plain_genie(teacher: Teacher, settings: GenieSynthesis, device: torch.device
     ]
     plateau = ReduceLROnPlateau(optimizers[0], patience=settings.plateau_patience)
 
-    def step() -> None:
+    def step() -> float:
         images = generator(latents)
         inputs = tapped(images, random_offsets(shifts, device)) if shifts else tapped(images)
         loss = _image_statistics(images)
@@ -47,8 +47,10 @@ def plain_genie(teacher: Teacher, settings: GenieSynthesis, device: torch.device
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.step()
-        plateau.step(loss.item())
+        value = loss.item()
+        plateau.step(value)
         tapped.zero_grad()
+        return value
 
     return step
 
@@ -69,7 +71,7 @@ def plain_pixels(teacher: Teacher, settings: PixelSynthesis, device: torch.devic
     stored = [(target.mean.to(device), target.variance.to(device)) for target in targets]
     weights = settings.losses
 
-    def step() -> None:
+    def step() -> float:
         logits, inputs = tapped(pixels)
         distance = torch.zeros((), device=device)
         for x, (mean, variance) in zip(inputs, stored, strict=True):
@@ -82,7 +84,9 @@ def plain_pixels(teacher: Teacher, settings: PixelSynthesis, device: torch.devic
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        plateau.step(loss.item())
+        value = loss.item()
+        plateau.step(value)
         tapped.zero_grad()
+        return value
 
     return step

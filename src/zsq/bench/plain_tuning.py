@@ -60,7 +60,7 @@ def plain_reconstruction(
         tensor.requires_grad_(True)
     optimizers = [torch.optim.Adam(group, lr=rate) for group, rate in learned if group]
 
-    def step() -> None:
+    def step() -> Tensor:
         chosen = torch.randperm(len(target))[: settings.batch].to(device)
         inputs = theirs[chosen]
         inputs = torch.where(torch.rand_like(inputs) < settings.mix, ours[chosen], inputs)
@@ -70,9 +70,10 @@ def plain_reconstruction(
             loss = loss + settings.rounding_weight * undecided.sum()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+        return loss.detach()  # type: ignore[no-any-return]
 
     return step
 
@@ -101,7 +102,7 @@ def plain_finetuning(teacher: Teacher, recipe: Recipe, device: torch.device) -> 
         weight_decay=tuning.weight_decay,
     )  # fmt: skip
 
-    def step() -> None:
+    def step() -> Tensor:
         images, logits = learn_generator()
         loss = tuning.losses.kl * kl_divergence(
             student(images), logits, tuning.temperature, tuning.kl_mean
@@ -111,6 +112,7 @@ def plain_finetuning(teacher: Teacher, recipe: Recipe, device: torch.device) -> 
         loss.backward()  # type: ignore[no-untyped-call]
         others.step()
         rule.step(tuning.lr, target=tuning.inundation.target if tuning.inundation else 0.0)
+        return loss.detach()
 
     return step
 

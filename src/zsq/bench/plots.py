@@ -23,7 +23,7 @@ def plot_growth(points: list[dict[str, Any]]) -> Figure:
     """Draw time and memory over each axis that was grown along, a line per loop.
 
     Args:
-        points: ``growth`` of what `zsq.bench.bench` returns.
+        points: ``growth`` of what `zsq.bench.run.bench` returns.
     """
     from matplotlib.figure import Figure
 

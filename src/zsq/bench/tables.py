@@ -11,9 +11,12 @@ from rich.markup import escape
 
 from zsq.tables import new_table, size
 
+#: Precisions as the command line names them.
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+
 
 def bench_tables(found: dict[str, Any]) -> Iterable[RenderableType]:
-    """Show what `zsq.bench.bench` measured."""
+    """Show what `zsq.bench.run.bench` measured."""
     loops = found["loops"]
     plain = any("plain" in row for row in loops)
     table = new_table(
@@ -37,7 +40,7 @@ def bench_tables(found: dict[str, Any]) -> Iterable[RenderableType]:
 def _cells(row: dict[str, Any], plain: bool) -> list[str]:
     memory = row["peak_memory_bytes"]
     cells = [
-        row["loop"], row["precision"] + (", compiled" if row["compiled"] else ""),
+        row["loop"], SHORT[row["precision"]] + (", compiled" if row["compiled"] else ""),
         str(row["batch"]), _ms(row["seconds"]), f"{row['images_per_second']:.4g}",
         f"{100 * row['share_of_peak']:.1f} %", _ms(row["bare"]["seconds"]),
         f"{row['ratio_to_bare']:.2f}x",
@@ -49,7 +52,7 @@ def _cells(row: dict[str, Any], plain: bool) -> list[str]:
 
 def _speeds(loops: list[dict[str, Any]]) -> str:
     peaks = {row["precision"]: row["matmul_peak"] for row in loops}
-    return ", ".join(f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in peaks.items())
+    return ", ".join(f"{SHORT[name]} {value / 1e12:.3g} TFLOP/s" for name, value in peaks.items())
 
 
 def _blocks(row: dict[str, Any]) -> RenderableType:

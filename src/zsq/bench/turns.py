@@ -57,12 +57,12 @@ class Turns:
     """
 
     def __init__(
-        self, steps: int, rivals: dict[str, Callable[[], Callable[[], None]]], device: torch.device,
+        self, steps: int, rivals: dict[str, Callable[[], Callable[[], object]]], device: torch.device,
         memory: PeakMemory, skip: int = 0,
     ) -> None:  # fmt: skip
         self.turn = max(1, min(TURN, steps // 5))
         self.left, self.device, self.memory = steps, device, memory
-        self.prepare, self.rivals = rivals, dict[str, Callable[[], None]]()
+        self.prepare, self.rivals = rivals, dict[str, Callable[[], object]]()
         self.skip, self.warm, self.done = skip, skip + WARM_UP, 0
         self.mark, self.since = 0.0, 0
         self.times = Times()
@@ -104,7 +104,7 @@ class Turns:
         synchronize(self.device)
         self.mark, self.since = time.perf_counter(), 0
 
-    def _time(self, step: Callable[[], None], repeats: int) -> float:
+    def _time(self, step: Callable[[], object], repeats: int) -> float:
         """Return the seconds of a call."""
         synchronize(self.device)
         start = time.perf_counter()

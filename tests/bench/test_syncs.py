@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU no loop waits for the device between two looks at its loss."""
+
+import warnings
+
+import pytest
+import torch
+
+from zsq.bench.loops import Job
+from zsq.bench.measure import LOOPS
+from zsq.runtime.policy import make_policy
+from zsq.teacher.teacher import load_teacher
+
+#: Every loop reads its loss in its first step and not again for at least 50.
+STEADY, WATCHED = 10, 30
+
+
+class WatchedError(Exception):
+    """Ends a loop that has been watched."""
+
+
+class SyncCounter:
+    """Counts what waits for the device from one step of a loop to another."""
+
+    def __init__(self, skip):
+        self.first, self.last = skip + STEADY, skip + STEADY + WATCHED
+        self.steps, self.found = 0, []
+
+    def tick(self, count):
+        self.steps += count
+        if self.steps >= self.last:
+            torch.cuda.set_sync_debug_mode("default")
+            raise WatchedError
+        if self.steps >= self.first:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def watch(self, drive):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                drive(self.tick)
+            except WatchedError:
+                pass
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_do_not_wait_for_the_device_in_steady_state(name, compile):
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no CUDA device")
+    policy = make_policy("cuda", "auto", compile)
+    job = Job(load_teacher("zsq:resnet20_cifar10"), policy, batch=16)
+    part = next(LOOPS[name](job))
+    assert SyncCounter(part.skip).watch(part.drive) == []
+
+
+@pytest.mark.gpu
+def test_a_loop_that_waits_is_found_out():
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no CUDA device")
+    value = torch.ones((), device="cuda")
+
+    def drive(tick):
+        while True:
+            float(value)
+            tick(1)
+
+    assert len(SyncCounter(0).watch(drive)) == WATCHED
