@@ -2,12 +2,14 @@
 """Many runs from one file."""
 
 import json
+import sys
 
 import pytest
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, zsq_json
 
-from zsq.errors import UsageError
+from zsq.errors import RunError, UsageError
 from zsq.sweep import Sweep, run_sweep
+from zsq.sweep_ray import run_on_ray
 
 SETTINGS = """
 schedule: quick
@@ -81,3 +83,109 @@ def test_cells_have_folders_of_their_own():
     folders = [cell.folder for cell in sweep.cells()]
     assert len(set(folders)) == len(folders) == 16
     assert not any("/" in folder or ":" in folder for folder in folders)
+
+
+def test_ray_that_is_not_installed_says_how_to_install_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    file = write_sweep(tmp_path, "[genie]")
+    code, _, err = zsq(monkeypatch, capsys, "sweep", file, "-o", tmp_path / "out", "--ray", "local")
+    assert code == 2
+    assert "pip install zsq[ray]" in err
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_a_sweep_on_a_local_ray_fills_the_same_table(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install zsq[ray]")
+    file, out = write_sweep(tmp_path, "[nonsense, genie]"), tmp_path / "out"
+    options = ["sweep", file, "-o", out, "--workers", 2, "--quiet"]
+    code, text, _ = zsq(monkeypatch, capsys, *options, "--ray", "local")
+    assert code == 1
+    assert "1 of 2 cells failed" in text
+    table = (out / "results.json").read_text()
+    assert [row["status"] for row in json.loads(table)] == ["failed", "done"]
+    student = out / json.loads(table)[1]["folder"] / "student.safetensors"
+    before = student.stat().st_mtime_ns
+    for ray in (["--ray", "local"], []):  # there or here, what is finished is not done again
+        zsq(monkeypatch, capsys, *options, *ray)
+        assert (out / "results.json").read_text() == table
+    assert student.stat().st_mtime_ns == before
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_cluster_that_does_not_answer_and_one_without_gpus_are_refused(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install zsq[ray]")
+    sweep = Sweep(models=("a",), recipes=("b",), options=("--device=cuda",))
+    with pytest.raises(RunError, match="GPU"):
+        run_sweep(sweep, tmp_path, ray="local")
+    with pytest.raises(RunError, match="ray start"):
+        run_sweep(sweep, tmp_path, ray="nonsense")
+
+
+class FakeRay:
+    """A cluster of two machines that does a task when it is asked for the result."""
+
+    class RayError(Exception):
+        """A task was lost."""
+
+    def __init__(self, cores=(8, 4), gpus=0):
+        self.cores, self.gpus, self.given, self.most = cores, gpus, [], 0
+        self.exceptions, self.open = self, 0
+
+    def init(self, address, **options):
+        if address != "auto":
+            raise ConnectionError("nobody there")
+
+    def shutdown(self):
+        self.given.append("shutdown")
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": float(c)}} for c in self.cores]
+
+    def cluster_resources(self):
+        return {"GPU": float(self.gpus)} if self.gpus else {}
+
+    def remote(self, function):
+        self.function = function
+        return self
+
+    def options(self, **options):
+        self.given.append(options)
+        cluster = self
+
+        class Task:
+            @staticmethod
+            def remote(*arguments):
+                cluster.open += 1
+                cluster.most = max(cluster.most, cluster.open)
+                return arguments
+
+        return Task
+
+    def wait(self, tasks, num_returns):
+        return tasks[:1], tasks[1:]
+
+    def get(self, task):
+        self.open -= 1
+        return self.function(*task)
+
+
+def test_tasks_share_the_cores_out_and_no_more_run_than_asked(monkeypatch):
+    cluster = FakeRay(gpus=2)
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    work = lambda item, threads: {"item": item, "threads": threads}  # noqa: E731
+    done = list(run_on_ray(work, list("abcde"), "auto", workers=3, gpus=1))
+    assert done == [(item, {"item": item, "threads": 4}) for item in "abcde"]
+    assert cluster.given == [{"num_cpus": 4, "num_gpus": 1}, "shutdown"]
+    assert cluster.most == 3
+    (_, row), *_ = run_on_ray(work, ["a"], "auto", workers=1, gpus=0)
+    assert row["threads"] == 8  # no task is spread over machines
+
+
+def test_a_task_that_is_lost_is_a_failed_cell(monkeypatch):
+    def lost(item, threads):
+        raise FakeRay.RayError("the node died")
+
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    ((_, row),) = run_on_ray(lost, ["a"], "auto", workers=1, gpus=0)
+    assert row == {"status": "failed", "error": "the task was lost: the node died"}

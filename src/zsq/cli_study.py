@@ -65,15 +65,17 @@ def sweep(
     ],
     out: Annotated[str, typer.Option("-o", "--out", help="Folder for the runs and their table.")],
     workers: Annotated[int, typer.Option("--workers", help="Runs at a time.")] = 1,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=(
+        "Run on a Ray cluster: auto, host:port or local. Its machines share the folder and have zsq."))] = None,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run models x recipes x bits x seeds, going on where an earlier sweep stopped."""
     from zsq.sweep import Sweep, run_sweep
     from zsq.tables import sweep_tables
 
     rows = run_sweep(
-        Sweep.load(file), out, workers=workers, reporter=reporter_for(quiet or as_json)
+        Sweep.load(file), out, workers=workers, ray=ray, reporter=reporter_for(quiet or as_json)
     )
     show({"cells": rows}, as_json, lambda: sweep_tables(rows))
     if any(row["status"] != "done" for row in rows):

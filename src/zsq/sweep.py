@@ -2,18 +2,20 @@
 """Many runs from one file: models x recipes x bits x seeds, resumed where they are, one table.
 
 Every cell is a process of its own, `zsq quantize` with the cell's folder: a cell that fails or is
-killed costs nothing but itself, and the same sweep started again does what is missing.
+killed costs nothing but itself, and the same sweep started again does what is missing. The processes
+run on this machine, or as tasks of a Ray cluster.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.settings import Part
+from zsq.sweep_ray import run_on_ray
 
 
 class Sweep(Part):
@@ -62,6 +65,15 @@ class Sweep(Part):
                 "hold `bits`, `seeds`, `schedule`, `settings`, `options` and `data`."
             ) from error
 
+    def asks_for_gpu(self) -> bool:
+        """Return whether cells run on a GPU.
+
+        Example:
+            >>> Sweep(models=("a",), recipes=("b",), options=("--device=cuda",)).asks_for_gpu()
+            True
+        """
+        return any(option.removeprefix("--device=").startswith("cuda") for option in self.options)
+
     def cells(self) -> list[Cell]:
         """Return every combination."""
         return [
@@ -92,52 +104,75 @@ class Cell:
 
 
 def run_sweep(
-    sweep: Sweep, out: str | Path, *, workers: int = 1, reporter: Reporter | None = None
-) -> list[dict[str, Any]]:
+    sweep: Sweep, out: str | Path, *, workers: int = 1, ray: str | None = None,
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Do what is missing of a sweep.
 
     Args:
         sweep: what to run.
-        out: one folder per cell, ``results.json`` and ``results.md``, written after every cell.
-        workers: processes at a time; the cores are shared out among them.
+        out: one folder per cell, ``results.json`` and ``results.md``, written after every cell. On
+            a cluster it is a folder that all machines share.
+        workers: cells at a time; the cores are shared out among them.
+        ray: address of a Ray cluster, see `zsq.sweep_ray.run_on_ray`; None: this machine alone.
         reporter: progress.
 
     Returns:
         A row per cell, in the order of the sweep; failed ones say why.
 
     Raises:
-        UsageError: no worker.
+        UsageError: no worker, or no Ray where it is asked for.
+        RunError: no such cluster.
     """
     if workers < 1:
         raise UsageError(f"--workers {workers} must be at least 1.")
-    place, cells = Path(out), sweep.cells()
+    place, cells = Path(out).absolute(), sweep.cells()
     place.mkdir(parents=True, exist_ok=True)
     rows: dict[Cell, dict[str, Any]] = {}
-    threads = max(1, (os.cpu_count() or 1) // workers)
     reporter = reporter or QuietReporter()
-    with reporter.task("sweep", len(cells)) as task, ThreadPoolExecutor(workers) as pool:
-        started = {pool.submit(_run_cell, sweep, cell, place, threads): cell for cell in cells}
-        for future in as_completed(started):
-            rows[started[future]] = future.result()
+    work = functools.partial(_run_cell, sweep, place)
+    done = (
+        _locally(work, cells, workers)
+        if ray is None
+        else run_on_ray(work, cells, ray, workers=workers, gpus=int(sweep.asks_for_gpu()))
+    )
+    with reporter.task("sweep", len(cells)) as task:
+        for cell, row in done:
+            rows[cell] = _named(cell) | row
             _write(place, [rows[cell] for cell in cells if cell in rows])
             task.advance(1)
     return [rows[cell] for cell in cells]
 
 
-def _run_cell(sweep: Sweep, cell: Cell, place: Path, threads: int) -> dict[str, Any]:
-    """Quantize and evaluate one cell, each unless it is done."""
+def _locally(
+    work: Callable[[Cell, int], dict[str, Any]], cells: list[Cell], workers: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Run cells on this machine; yield each with its row when it is done."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        started = {pool.submit(work, cell, threads): cell for cell in cells}
+        for future in as_completed(started):
+            yield started[future], future.result()
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    """Return the part of a row that says which cell it is."""
+    return {**vars(cell), "folder": cell.folder}
+
+
+def _run_cell(sweep: Sweep, place: Path, cell: Cell, threads: int) -> dict[str, Any]:
+    """Quantize and evaluate one cell, each unless it is done; return what became of it."""
     folder = place / cell.folder
-    row: dict[str, Any] = {**vars(cell), "folder": cell.folder}
     record = _record(folder)
     if record.get("status") != "done":
         failure = _zsq(_command(sweep, cell, folder), threads)
         if failure:
-            return row | {"status": "failed", "error": failure}
+            return {"status": "failed", "error": failure}
     if sweep.data is not None and "evaluation" not in _record(folder)["results"]:
         failure = _zsq(["evaluate", str(folder), "--data", sweep.data, "--quiet"], threads)
         if failure:
-            return row | {"status": "not evaluated", "error": failure}
-    return row | {"status": "done"} | _figures(_record(folder))
+            return {"status": "not evaluated", "error": failure}
+    return {"status": "done"} | _figures(_record(folder))
 
 
 def _command(sweep: Sweep, cell: Cell, folder: Path) -> list[str]:
