@@ -58,7 +58,13 @@ def test_loops_and_growth_are_shown_as_tables(
         "--loop", "pixels", "--loop", "reconstruction", "--grow", "batch=4,6",
     )  # fmt: skip
     assert code == 0
-    for word in ("pixels", "reconstruction, block by block", "to bare", "faster", "growth"):
+    for word in (
+        "pixels",
+        "reconstruction, block by block",
+        "times bare",
+        "faster",
+        "growth along batch",
+    ):
         assert word in text
     found = json.loads(out.read_text())
     assert [row["loop"] for row in found["loops"]] == ["pixels", "reconstruction"]

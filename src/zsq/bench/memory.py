@@ -30,6 +30,8 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kind = "allocated on the GPU" if device.type == "cuda" else "growth of resident memory"
+        if device.type == "cuda":  # statistics cannot be reset before
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         self.base = _resident("VmRSS") or 0
         self.restart()
 

@@ -24,7 +24,8 @@ from zsq.synthesis.pixels import synthesize_pixels
 def _synthesis(job: Job, recipe: str) -> Synthesis:
     """Return a recipe's settings for the batch and images asked for; by default one batch."""
     batch = job.batch or job.recipe(recipe, []).synthesis.batch
-    changes = [f"synthesis.batch={batch}", f"synthesis.images={job.images or batch}"]
+    images = job.images or batch
+    changes = [f"synthesis.batch={min(batch, images)}", f"synthesis.images={images}"]
     return job.recipe(recipe, changes).synthesis
 
 

@@ -16,38 +16,45 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def bench_tables(found: dict[str, Any]) -> Iterable[RenderableType]:
-    """Show what `zsq.bench.run.bench` measured."""
+    """Show what `zsq.bench.run.bench` measured: a column a loop, then blocks, then curves."""
     loops = found["loops"]
-    plain = any("plain" in row for row in loops)
-    table = new_table(
-        f"{escape(found['model'])} on {escape(found['device'])}", "loop", "precision", "batch",
-        "ms a step", "images/s", "of peak", "bare ms", "to bare", *(["plain ms", "faster"] * plain),
-        "memory",
-    )  # fmt: skip
-    for row in loops:
-        table.add_row(*_cells(row, plain))
+    title = f"{escape(found['model'])} on {escape(found['device'])}"
+    table = new_table(title, "", *(row["loop"] for row in loops))
+    columns = [_figures(row) for row in loops]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     yield table
     yield from (_blocks(row) for row in loops if "parts" in row)
-    for row in {row["memory_kind"]: row for row in loops}.values():
-        yield (
-            f"{row['threads']} thread(s); peak: a matrix product in the loop's precision, "
-            f"{_speeds(loops)}; memory: {row['memory_kind']}."
-        )
-    if "growth" in found:
-        yield _growth(found["growth"])
+    yield (
+        f"{loops[0]['threads']} thread(s). Peak: a matrix product in the loop's precision, "
+        f"{_speeds(loops)}. Memory: {loops[0]['memory_kind']}."
+    )
+    points = found.get("growth", [])
+    for along in dict.fromkeys(point["along"] for point in points):
+        yield _growth(along, [point for point in points if point["along"] == along])
 
 
-def _cells(row: dict[str, Any], plain: bool) -> list[str]:
-    memory = row["peak_memory_bytes"]
-    cells = [
-        row["loop"], SHORT[row["precision"]] + (", compiled" if row["compiled"] else ""),
-        str(row["batch"]), _ms(row["seconds"]), f"{row['images_per_second']:.4g}",
-        f"{100 * row['share_of_peak']:.1f} %", _ms(row["bare"]["seconds"]),
-        f"{row['ratio_to_bare']:.2f}x",
-    ]  # fmt: skip
-    if plain:
-        cells += [_ms(row["plain"]["seconds"]), f"{row['speedup_over_plain']:.2f}x"]
-    return [*cells, "" if memory is None else size(memory)]
+def _figures(row: dict[str, Any]) -> dict[str, str]:
+    """Return a loop's figures by their names."""
+    bare, plain = row["bare"], row.get("plain")
+    figures = {
+        "precision": SHORT[row["precision"]] + (", compiled" if row["compiled"] else ""),
+        "batch": str(row["batch"]),
+        "ms a step": _ms(row["seconds"]),
+        "steps/s": f"{row['steps_per_second']:.4g}",
+        "images/s": f"{row['images_per_second']:.4g}",
+        "GFLOP a step": f"{row['flops'] / 1e9:.4g}",
+        "share of peak": f"{100 * row['share_of_peak']:.1f} %",
+        "bare, ms": _ms(bare["seconds"]),
+        "bare, share of peak": f"{100 * bare['share_of_peak']:.1f} %",
+        "times bare": f"{row['ratio_to_bare']:.2f}",
+    }
+    if plain is not None:
+        figures |= {
+            "plain eager fp32, ms": _ms(plain["seconds"]),
+            "faster than plain": f"{row['speedup_over_plain']:.2f}x",
+        }
+    return figures | {"memory": _bytes(row["peak_memory_bytes"])}
 
 
 def _speeds(loops: list[dict[str, Any]]) -> str:
@@ -56,32 +63,34 @@ def _speeds(loops: list[dict[str, Any]]) -> str:
 
 
 def _blocks(row: dict[str, Any]) -> RenderableType:
-    table = new_table(f"{row['loop']}, block by block", "block", "ms a step", "bare ms", "to bare")
+    title = f"{row['loop']}, block by block"
+    table = new_table(title, "block", "ms a step", "bare, ms", "times bare")
     for part in row["parts"]:
         table.add_row(
             escape(part["name"]), _ms(part["seconds"]), _ms(part["bare"]["seconds"]),
-            f"{part['ratio_to_bare']:.2f}x",
+            f"{part['ratio_to_bare']:.2f}",
         )  # fmt: skip
     return table
 
 
-def _growth(points: list[dict[str, Any]]) -> RenderableType:
+def _growth(along: str, points: list[dict[str, Any]]) -> RenderableType:
     table = new_table(
-        "growth", "loop", "along", "size", "parameters", "ms a step", "images/s", "whole schedule",
-        "memory",
-    )  # fmt: skip
+        f"growth along {along}", "loop", along, "ms a step", "images/s", "schedule", "memory"
+    )
     for point in points:
-        place = [point["loop"], point["along"], escape(point["size"])]
+        place = [point["loop"], escape(point["size"])]
         if "error" in point:
-            table.add_row(*place, "", escape(point["error"]))
+            table.add_row(*place, escape(point["error"]))
             continue
-        memory = point["peak_memory_bytes"]
         table.add_row(
-            *place, f"{point['parameters']:,}", _ms(point["seconds"]),
-            f"{point['images_per_second']:.4g}", f"{point['schedule_seconds'] / 60:.1f} min",
-            "" if memory is None else size(memory),
+            *place, _ms(point["seconds"]), f"{point['images_per_second']:.4g}",
+            f"{point['schedule_seconds'] / 60:.1f} min", _bytes(point["peak_memory_bytes"]),
         )  # fmt: skip
     return table
+
+
+def _bytes(count: int | None) -> str:
+    return "not measured" if count is None else size(count)
 
 
 def _ms(seconds: float) -> str:
