@@ -188,7 +188,7 @@ def test_passes_are_in_bf16_where_a_code_is_coarser_than_that(teacher, bits, low
     problem = Problem(seen[piece.source], seen[piece.source], seen[piece.output])
     context = Context(policy=make_policy(precision="bf16", compile=False))
     made = PieceTuner(piece, problem, chosen.tuning, context)
-    with made.autocast():
+    with made.policy.autocast():
         product = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
     assert product.dtype == (torch.bfloat16 if low else torch.float32)
     made.calibrate()

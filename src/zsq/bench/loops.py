@@ -9,11 +9,9 @@ square of the outputs for a loss, no statistics, no quantizers, no optimiser.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule
 
 from zsq.bench.turns import Tick
@@ -91,8 +89,3 @@ class Part:
 
 
 Build = Callable[[Job], Iterator[Part]]
-
-
-def uncompiled_float32(policy: Policy) -> Policy:
-    """Return a policy for loops that compute in float32 and without compilation, whatever is asked."""
-    return dataclasses.replace(policy, dtype=torch.float32, compile=False)

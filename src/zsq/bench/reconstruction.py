@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq.bench.loops import Job, Part, Step, uncompiled_float32
+from zsq.bench.loops import Job, Part, Step
 from zsq.bench.plain_tuning import plain_reconstruction
 from zsq.bench.turns import Tick
 from zsq.config import Reconstruction
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled, Policy
 from zsq.student import attach, prepared_network
+from zsq.tuning.compiling import PieceCompiler
 from zsq.tuning.pieces import Piece, block_pieces
 from zsq.tuning.reconstruct import run
-from zsq.tuning.tuner import PieceTuner, Problem
+from zsq.tuning.tuner import PieceTuner, Problem, piece_policy
 
 #: Batches in the set that blocks are tuned on, where no number of images is asked for.
 BATCHES = 2
@@ -36,8 +37,8 @@ def reconstruction_loop(job: Job) -> Iterator[Part]:
     recipe = job.recipe("genie", changes)
     settings = recipe.tuning
     assert isinstance(settings, Reconstruction)
-    policy = uncompiled_float32(job.policy)
-    context = Context(policy=policy)
+    policy = job.policy
+    context, compiler = Context(policy=policy), PieceCompiler(policy, job.note)
     student = attach(job.teacher, recipe)
     network = policy.place(prepared_network(job.teacher, recipe))
     policy.place(student.network)
@@ -46,15 +47,20 @@ def reconstruction_loop(job: Job) -> Iterator[Part]:
     for piece in block_pieces(network, student):
         target = run(piece.teacher, theirs, context)
         problem = Problem(theirs, ours, target)
-        yield _part(piece, problem, settings, context, job)
+        yield _part(piece, problem, settings, context, compiler, job)
         theirs, ours = target, run(piece.student, ours, context)
 
 
 def _part(
-    piece: Piece, problem: Problem, settings: Reconstruction, context: Context, job: Job
+    piece: Piece,
+    problem: Problem,
+    settings: Reconstruction,
+    context: Context,
+    compiler: PieceCompiler,
+    job: Job,
 ) -> Part:
     def drive(tick: Tick) -> None:
-        tuner = PieceTuner(piece, problem, settings, context)
+        tuner = PieceTuner(piece, problem, settings, context, compiler=compiler)
         tuner.calibrate()
         try:
             # the regulariser is off before; it is on in four fifths of a run
@@ -70,8 +76,8 @@ def _part(
 
     batch = min(settings.batch, len(problem.target))
     return Part(
-        piece.name, batch, context.policy, context.policy.worth_compiling(settings.steps),
-        settings.steps, drive, bare,
+        piece.name, batch, piece_policy(piece, context.policy),
+        compiler.worth(settings.steps, batch, problem.target), settings.steps, drive, bare,
         lambda: plain_reconstruction(piece, problem, settings, context.policy.device),
     )  # fmt: skip
 

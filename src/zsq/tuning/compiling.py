@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +75,7 @@ class PieceCompiler:
 
     def loss(
         self, piece: Piece, quantizers: Iterable[ActivationQuantizer], sample: Tensor, *,
-        power: float, autocast: Callable[[], AbstractContextManager[Any]],
+        power: float, policy: Policy,
     ) -> Loss:  # fmt: skip
         """Return a piece's loss, compiled when it is first called.
 
@@ -85,7 +84,7 @@ class PieceCompiler:
             quantizers: those whose elements are dropped at random.
             sample: a batch of the piece's inputs.
             power: of the reconstruction error.
-            autocast: precision of the piece's passes.
+            policy: precision of the piece's passes.
         """
         seen = _quantizer_inputs(piece.student, sample)
         dropping = {
@@ -94,9 +93,9 @@ class PieceCompiler:
         }  # fmt: skip
         for path, tensor in dropping.items():
             _quantizer(piece.student, path).draw_mask(tensor)
-        key = f"{structure(piece.student)} {tuple(sample.shape)} {len(dropping)} {power} {autocast}"
+        key = f"{structure(piece.student)} {tuple(sample.shape)} {len(dropping)} {power} {policy}"
         if key not in self.templates:
-            self.templates[key] = _Template(piece, power, autocast, self.note)
+            self.templates[key] = _Template(piece, power, policy, self.note)
         template = self.templates[key]
         names = template.names_in(piece.student)
 
@@ -114,18 +113,17 @@ class _Template:
     """The compiled loss of all pieces of one structure, computed by a copy of the first."""
 
     def __init__(
-        self, piece: Piece, power: float, autocast: Callable[[], AbstractContextManager[Any]],
-        note: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self, piece: Piece, power: float, policy: Policy, note: Callable[[str], None]
+    ) -> None:
         self.student = copy.deepcopy(piece.student)
         self.weights = [m for m in self.student.modules() if isinstance(m, SoftRoundWeight)]
-        self.power, self.autocast = power, autocast
+        self.power, self.policy = power, policy
         self.compiled = Compiled(self._loss, enabled=True, note=note)
 
     def _loss(
         self, state: dict[str, Tensor], inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with self.autocast():
+        with self.policy.autocast():
             outputs = functional_call(self.student, state, (inputs,))
         error = reconstruction_error(outputs.float(), target, self.power)
         terms = [rounding_regularizer(w.used_bits, beta) for w in self.weights]

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,6 @@ from zsq.functional.masks import RandomMasks
 from zsq.functional.rounding import beta_at, rounding_regularizer
 from zsq.functional.schedules import cosine
 from zsq.quantizers.attach import calibrate
-from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.weight import SoftRoundWeight
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Policy
@@ -63,7 +60,7 @@ class PieceTuner:
             for w in (layer.weight for layer in self.layers.values())
             if isinstance(w, SoftRoundWeight)
         ]
-        self.autocast = _autocast(context.policy, self.layers.values())
+        self.policy = piece_policy(piece, context.policy)
         self.order = torch.empty(0, dtype=torch.long)
         self.masks = RandomMasks(settings.mix)
         self.optimizers = self._optimizers()
@@ -122,7 +119,7 @@ class PieceTuner:
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
-        with self.autocast():
+        with self.policy.autocast():
             outputs = self.piece.student(inputs)
         return reconstruction_error(outputs.float(), target, self.settings.loss_power)
 
@@ -152,7 +149,7 @@ class PieceTuner:
         if self.compiled is None:
             self.compiled = self.compiler.loss(
                 self.piece, self.quantizers.values(), inputs, power=self.settings.loss_power,
-                autocast=self.autocast,
+                policy=self.policy,
             )  # fmt: skip
         beta, weight = torch.tensor(self.pull(step), device=inputs.device)
         return self.compiled(inputs, target, beta, weight)
@@ -190,13 +187,11 @@ class PieceTuner:
         return open_bits / total if total else 0.0
 
 
-def _autocast(
-    policy: Policy, layers: Iterable[QuantizedLayer]
-) -> Callable[[], AbstractContextManager[Any]]:
-    """Return the precision of a piece's passes: the policy's where it is much finer than a code."""
-    if all(layer.bits <= BITS_BELOW_BF16 for layer in layers):
-        return policy.autocast
-    return nullcontext
+def piece_policy(piece: Piece, policy: Policy) -> Policy:
+    """Return how a piece is computed: in bf16 only where that is much finer than a code."""
+    if all(layer.bits <= BITS_BELOW_BF16 for layer in layer_modules(piece).values()):
+        return policy
+    return dataclasses.replace(policy, dtype=torch.float32)
 
 
 def _channels_last(problem: Problem, device: torch.device) -> Problem:
