@@ -19,3 +19,15 @@ class UsageError(ZsqError, ValueError):
 
 class RunError(ZsqError, RuntimeError):
     """A run that was asked for correctly and failed: a loss became NaN, a full disk, no parity."""
+
+
+class ToldError(ZsqError):
+    """An error that the user has been told about already, perhaps by another process of the run.
+
+    Args:
+        exit_code: what the command line exits with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the run ended with an error that was shown before")
+        self.exit_code = exit_code

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
+from zsq.runtime.group import Group
 
 
 def save_tensors(
@@ -74,3 +75,24 @@ class Checkpoints:
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+
+class SharedCheckpoints(Checkpoints):
+    """Checkpoints of a group: process 0 keeps them and tells the others, so no disk is shared.
+
+    All processes load the same names in the same order.
+
+    Args:
+        folder: process 0's; None on the others, where saving does nothing.
+        group: the processes.
+    """
+
+    def __init__(self, folder: Path | None, group: Group) -> None:
+        super().__init__(folder)
+        self.group = group
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Return a piece that process 0 saved before, or None."""
+        piece = super().load(name)
+        known = self.group.from_first(lambda: piece is not None)
+        return self.group.share(piece) if known else None

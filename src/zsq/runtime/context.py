@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zsq.runtime.checkpoints import Checkpoints
-from zsq.runtime.metrics import MetricsLog, Value
+from zsq.runtime.group import Group
+from zsq.runtime.metrics import Records, Value
 from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter, Reporter
 
@@ -21,13 +22,15 @@ class Context:
         reporter: progress and notes.
         checkpoints: finished pieces.
         metrics: values over time; None keeps none.
+        group: the processes that share the run.
     """
 
     seed: int = 0
     policy: Policy = field(default_factory=Policy)
     reporter: Reporter = field(default_factory=QuietReporter)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    metrics: MetricsLog | None = None
+    metrics: Records | None = None
+    group: Group = field(default_factory=Group)
 
     def record(self, stage: str, step: int, **values: Value) -> None:
         """Write values over time, where a run keeps them."""

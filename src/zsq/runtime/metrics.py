@@ -14,12 +14,44 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from zsq.errors import RunError, UsageError
 
 #: What a record may hold: plain values, or numbers by name (of a layer, say).
 Value = float | str | bool | None | dict[str, float]
+
+
+class Records(Protocol):
+    """What takes records of values over time."""
+
+    def write(self, *, stage: str, step: int, **values: Value) -> None:
+        """Take one record."""
+
+    def flush(self) -> None:
+        """Let go of what was taken; called at checkpoints."""
+
+
+class HeldRecords:
+    """Records of a process that writes no files, held until they are sent or the next checkpoint.
+
+    Example:
+        >>> held = HeldRecords()
+        >>> held.write(stage="synthesis", step=100, loss=0.25)
+        >>> held.records
+        [{'stage': 'synthesis', 'step': 100, 'loss': 0.25}]
+    """
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, *, stage: str, step: int, **values: Value) -> None:
+        """Hold one record."""
+        self.records.append({"stage": stage, "step": step, **values})
+
+    def flush(self) -> None:
+        """Forget what was not sent: it is known to the process that writes."""
+        self.records.clear()
 
 
 class MetricsLog:

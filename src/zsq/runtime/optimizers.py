@@ -45,4 +45,5 @@ def restore_generators(states: dict[str, Tensor]) -> None:
     """Take over what `generator_states` returned."""
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda0" in states:
-        torch.cuda.set_rng_state_all([states[f"cuda{i}"] for i in range(len(states) - 1)])
+        count = min(len(states) - 1, torch.cuda.device_count())  # perhaps another machine's
+        torch.cuda.set_rng_state_all([states[f"cuda{i}"] for i in range(count)])
