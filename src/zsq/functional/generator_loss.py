@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def variance_distance(
-    inputs: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor]
-) -> Tensor:
+    inputs: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],
+    pool: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:  # fmt: skip
     """Distance between batch statistics and stored ones (BNS; GDFQ, arXiv 2003.03603).
 
     Squared differences of mean and *biased variance*, averaged over channels, then over layers.
@@ -38,12 +39,31 @@ def variance_distance(
         inputs: batch norm inputs, each (N, C_l, ...).
         means: stored means, each (C_l,).
         variances: stored variances, each (C_l,).
+        pool: turns offsets from the stored means and variances of a part of the batch into those of
+            the whole; called once with all channels.
 
     Returns:
         A scalar.
     """
     total = torch.zeros((), device=inputs[0].device)
-    for x, mean, variance in zip(inputs, means, variances, strict=True):
-        batch_mean, batch_variance = centered_moments(x, mean)
+    moments = [centered_moments(x, mean) for x, mean in zip(inputs, means, strict=True)]
+    if pool is not None:
+        moments = _pooled(moments, means, pool)
+    for (batch_mean, batch_variance), mean, variance in zip(moments, means, variances, strict=True):
         total = total + ((batch_mean - mean) ** 2 + (batch_variance - variance) ** 2).mean()
     return total / len(inputs)
+
+
+def _pooled(
+    moments: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor],
+    pool: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    offsets = torch.cat([ours - mean for (ours, _), mean in zip(moments, means, strict=True)])
+    offsets, variances = pool(offsets, torch.cat([variance for _, variance in moments]))
+    sizes = [len(mean) for mean in means]
+    return [
+        (offset + mean, variance)
+        for offset, mean, variance in zip(
+            torch.split(offsets, sizes), means, torch.split(variances, sizes), strict=True
+        )
+    ]

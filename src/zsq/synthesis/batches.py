@@ -44,12 +44,14 @@ class Batch:
         logits: the teacher's, (N, classes); None where whoever learns has to ask the teacher.
         targets: the labels that the images were made for, as distributions (N, classes).
         terms: values to record, scalar tensors by name.
+        share: of these images in the total batch of all processes.
     """
 
     images: Tensor
     logits: Tensor | None
     targets: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    share: float = 1.0
 
 
 class ImageSource(Protocol):
@@ -74,6 +76,8 @@ class ImageSource(Protocol):
 class FixedImages:
     """Batches of a set of images: a fresh permutation each time round, nothing dropped.
 
+    The processes of a group share a batch: process 0 draws the order, each takes its slice.
+
     Args:
         teacher: its logits are computed once, unless every look at an image is another crop.
         images: the set.
@@ -81,7 +85,8 @@ class FixedImages:
         context: says where to compute.
 
     Raises:
-        UsageError: a label is not a class of the teacher.
+        UsageError: a label is not a class of the teacher, or a batch has fewer images than the group
+            has processes.
     """
 
     def __init__(
@@ -91,6 +96,8 @@ class FixedImages:
         network = context.policy.place(teacher.network)
         self.warmup = settings.range_steps
         self.size = min(settings.batch, len(images))
+        self.group = context.group
+        self.group.check_batch(self.size, "tuning.batch")
         self.crop = settings.crop
         self.images = images.images.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -101,14 +108,16 @@ class FixedImages:
     def next(self, rate: float) -> Batch:
         """Return the next batch; ``rate`` means nothing here."""
         while len(self.order) < self.size:
-            self.order = torch.cat([self.order, torch.randperm(len(self.images))])
+            fresh = self.group.first_says(torch.randperm(len(self.images)))
+            self.order = torch.cat([self.order, fresh])
         chosen, self.order = self.order[: self.size], self.order[self.size :]
-        chosen = chosen.to(self.images.device)
+        chosen = self.group.part(chosen).to(self.images.device)
+        share = len(chosen) / self.size
         images, targets = self.images[chosen], self.targets[chosen]
         if self.crop is None:
-            return Batch(images, self.logits[chosen], targets)
-        windows = random_windows(self.size, self.crop.smallest, self.crop.probability)
-        return Batch(crop(images, windows.to(images.device)), None, targets)
+            return Batch(images, self.logits[chosen], targets, share=share)
+        windows = random_windows(len(chosen), self.crop.smallest, self.crop.probability)
+        return Batch(crop(images, windows.to(images.device)), None, targets, share=share)
 
     def state(self) -> dict[str, Tensor]:
         """Return what is left of the current permutation."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, leaky_relu
 
-from zsq.synthesis.generator import BatchStandardize, batch_moments, upsample_twice
+from zsq.synthesis.generator import BatchNormalizer, BatchStandardize, upsample_twice
 
 #: Eps of the generators' inner batch norms, as published. The layer's second positional argument is
 #: eps; 0.8 was passed there by a widely copied example that meant it as the momentum. It damps
@@ -34,7 +34,7 @@ def mixed_rows(table: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
     return embedding_bag(classes, table, mode="sum", per_sample_weights=weights)
 
 
-class ConditionalBatchNorm(nn.Module):
+class ConditionalBatchNorm(BatchNormalizer):
     """Batch norm whose scale and shift are the sample's class's own.
 
     Normalised with the batch's statistics, always; then scaled and shifted per sample by a row of
@@ -62,7 +62,7 @@ class ConditionalBatchNorm(nn.Module):
         """Normalise ``x`` (N, C, H, W), whose samples show mixtures of classes, each (N, K)."""
         if self.divide_by_mixed:
             weights = weights / classes.shape[1]
-        mean, variance = batch_moments(x)
+        mean, variance = self.moments(x)
         scale = mixed_rows(self.weight, classes, weights) * torch.rsqrt(variance + self.eps)
         shift = mixed_rows(self.bias, classes, weights) - mean * scale
         return (x.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)

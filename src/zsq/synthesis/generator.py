@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+#: Turns mean and variance of a part of a batch into those of the whole.
+Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +26,39 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.clamp(min=0.0)
 
 
-class BatchStandardize(nn.Module):
+class BatchNormalizer(nn.Module):
+    """A module that normalises with its batch's moments.
+
+    Attributes:
+        pool: where the batch is a part of one that several processes share, makes its moments those
+            of the whole; see `whole_batches`.
+    """
+
+    pool: Pool | None = None
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance per channel of the batch ``x`` belongs to."""
+        mean, variance = batch_moments(x)
+        if self.pool is None:
+            return mean, variance
+        mean, variance = self.pool(mean, variance)
+        return mean, variance.clamp(min=0.0)
+
+
+@contextmanager
+def whole_batches(network: nn.Module, pool: Pool | None) -> Iterator[None]:
+    """Let a generator's norms pool their moments inside the block; None leaves them alone."""
+    norms = [m for m in network.modules() if isinstance(m, BatchNormalizer)] if pool else []
+    for norm in norms:
+        norm.pool = pool
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.pool = None
+
+
+class BatchStandardize(BatchNormalizer):
     """Batch norm that always uses the batch's own statistics, in float32.
 
     The same arithmetic as `torch.nn.BatchNorm2d` in training mode; see `batch_moments`.
@@ -45,7 +83,7 @@ class BatchStandardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x`` (N, C, H, W)."""
-        mean, variance = batch_moments(x)
+        mean, variance = self.moments(x)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight

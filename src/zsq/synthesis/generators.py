@@ -63,7 +63,7 @@ def _qimera(
 def _autorecon(
     teacher: Teacher, settings: GeneratorSynthesis, classes: int, context: Context
 ) -> nn.Module:
-    architecture = _architecture(teacher, settings, context)
+    architecture = context.group.from_first(lambda: _architecture(teacher, settings, context))
     return AutoReconGenerator(architecture, classes, teacher.info.input_shape)
 
 

@@ -27,6 +27,7 @@ from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
 from zsq.runtime.tasks import Task
 from zsq.synthesis.batches import batch_sizes
+from zsq.synthesis.dealing import dealt
 from zsq.synthesis.generator import Generator
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.plateau import Plateau
@@ -79,7 +80,8 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     Args:
         teacher: must have batch norms with running statistics.
         settings: of the recipe.
-        context: finished batches are taken from, and kept in, its checkpoints.
+        context: finished batches are taken from, and kept in, its checkpoints; batches are dealt
+            out to the processes of its group.
 
     Returns:
         ``settings.images`` images; labels are the teacher's predictions.
@@ -93,22 +95,18 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     sizes = batch_sizes(settings.images, settings.batch)
     worth = context.policy.worth_compiling(settings.steps * len(sizes))
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
-    made, losses = [], []
-    for index, size in enumerate(sizes):
-        name = f"synthesis_{index:03d}"
-        piece = context.checkpoints.load(name)
-        if piece is None:
-            title = f"synthesis, batch {index + 1} of {len(sizes)}"
-            with (
-                seeded(context.seed, "synthesis", index),
-                context.reporter.task(title, settings.steps) as task,
-            ):
-                piece = _one_batch(objective, loss_function, settings, size, shifts, index, task)
-            context.checkpoints.save(name, piece)
-            context.flush()
-        made.append(piece["images"])
-        losses.append(float(piece["loss"]))
-    images = torch.cat(made)
+
+    def make(index: int) -> dict[str, Tensor]:
+        title = f"synthesis, batch {index + 1} of {len(sizes)}"
+        with (
+            seeded(context.seed, "synthesis", index),
+            context.reporter.task(title, settings.steps) as task,
+        ):
+            return _one_batch(objective, loss_function, settings, sizes[index], shifts, index, task)
+
+    made = list(dealt(len(sizes), make, context))
+    losses = [float(piece["loss"]) for piece in made]
+    images = torch.cat([piece["images"] for piece in made])
     provenance: dict[str, object] = {
         "method": "genie", "settings": settings.model_dump(mode="json"), "seed": context.seed,
         "model": teacher.info.reference, "batch_losses": losses, "synthetic": True,

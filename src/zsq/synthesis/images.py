@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from zsq.errors import UsageError
 from zsq.runtime.checkpoints import load_tensors, save_tensors
 from zsq.runtime.context import Context
+from zsq.runtime.group import Group
 from zsq.teacher.teacher import Teacher
 
 
@@ -47,6 +49,16 @@ class ImageSet:
         if set(tensors) != {"images", "labels"} or tensors["images"].ndim != 4:
             raise UsageError(f"{path} holds {sorted(tensors)}, not images and labels.")
         return cls(tensors["images"].float(), tensors["labels"].long(), provenance)
+
+    @classmethod
+    def shared(cls, group: Group, make: Callable[[], ImageSet]) -> ImageSet:
+        """Return the set that ``make`` returns on process 0, where alone it is called."""
+        if group.size == 1:
+            return make()
+        mine = make() if group.rank == 0 else None
+        tensors = group.share({"images": mine.images, "labels": mine.labels} if mine else None)
+        provenance = group.send(mine.provenance if mine else {}, 0)
+        return cls(tensors["images"], tensors["labels"], provenance)
 
     def check(self, input_shape: tuple[int, ...]) -> ImageSet:
         """Return self if the images suit a network's input.

@@ -6,11 +6,15 @@ and differ in the generator and in the labels that it is asked for. The generato
 images that the teacher puts into the class asked for and whose batch statistics are those that the
 teacher's batch norms remember. One pass of the teacher serves the generator's loss and, as the
 distillation target, the student: it sees the images made *before* this step's update.
+
+The processes of a group share a batch: each makes its part, statistics are those of the whole and
+gradients are summed, so that a step is the one that a single process makes of all the images.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,12 +44,15 @@ class GeneratorLearner:
     Args:
         teacher: must have batch norms with running statistics.
         settings: of the recipe.
-        context: device, precision, compilation. Weights are drawn from torch's generator.
+        context: device, precision, compilation, group. Weights are drawn from torch's generator.
         steps: how often `next` will be called; short runs are not compiled.
 
     Attributes:
         generator: the network that makes the images.
         warmup: batches to let pass before a student learns.
+
+    Raises:
+        UsageError: a batch has fewer images than the group has processes.
     """
 
     def __init__(
@@ -55,10 +62,20 @@ class GeneratorLearner:
         self.teacher, self.settings, self.context = teacher, settings, context
         self.warmup = settings.steps
         self.classes = count_classes(teacher)
+        group = context.group
+        group.check_batch(settings.batch, "synthesis.batch")
+        self.size = group.part_of(settings.batch)
+        self.share = self.size / settings.batch
         self.generator = policy.place(build_generator(teacher, settings, self.classes, context))
-        objective = GeneratorObjective(teacher, self.generator, settings.statistics_weight, policy)
+        group.align(self.generator)
+        alone = group.size == 1
+        objective = GeneratorObjective(
+            teacher, self.generator, settings.statistics_weight, policy,
+            None if alone else partial(group.pool, share=self.share),
+        )  # fmt: skip
+        # a compiler cannot take exchanges between processes into its graph
         self.objective = Compiled(
-            objective, enabled=policy.worth_compiling(steps), note=context.reporter.note
+            objective, enabled=alone and policy.worth_compiling(steps), note=context.reporter.note
         )
         self.rate = torch.tensor(settings.lr, device=policy.device)
         self.optimizer = torch.optim.Adam(
@@ -68,9 +85,11 @@ class GeneratorLearner:
     def draw_labels(self) -> Labels:
         """Draw what the next batch shows: classes, or mixtures of them for the whole batch."""
         settings, device = self.settings, self.context.policy.device
-        if settings.superpose > 0 and float(torch.rand(())) < settings.superpose:
-            return superposed_labels(settings.batch, self.classes, settings.mixed, device)
-        return plain_labels(settings.batch, self.classes, device)
+        if settings.superpose > 0:
+            drawn = self.context.group.first_says(torch.rand(()))
+            if float(drawn) < settings.superpose:
+                return superposed_labels(self.size, self.classes, settings.mixed, device)
+        return plain_labels(self.size, self.classes, device)
 
     def next(self, rate: float) -> Batch:
         """Make a batch, and one step at ``rate`` times the generator's own rate."""
@@ -81,15 +100,21 @@ class GeneratorLearner:
             noise, labels.classes, labels.weights, soft
         )
         self.optimizer.zero_grad()
-        loss.backward()
+        group = self.context.group
+        # weighted before the backward pass, which goes through the other processes' statistics
+        (loss if group.size == 1 else loss * self.share).backward()
+        group.sum_gradients(self.generator.parameters())
         self.rate.fill_(self.settings.lr * rate)
         self.optimizer.step()
         terms = {"generator_ce": entropy.detach(), "generator_bns": distance.detach()}
-        return Batch(images.detach(), logits.detach(), soft, terms)
+        return Batch(images.detach(), logits.detach(), soft, terms, self.share)
 
-    @torch.no_grad()
     def draw(self, count: int) -> ImageSet:
         """Return ``count`` images of the generator as it is; labels are the teacher's predictions."""
+        return ImageSet.shared(self.context.group, lambda: self._draw(count))
+
+    @torch.no_grad()
+    def _draw(self, count: int) -> ImageSet:
         settings = self.settings
         made = []
         for _ in range(math.ceil(count / settings.batch)):
@@ -133,13 +158,14 @@ def synthesize_with_generator(
         UsageError: no batch norm has running statistics.
         RunError: the loss became NaN.
     """
-    with seeded(context.seed, "generator"):
+    with seeded(context.seed, "generator", *context.group.stream):
         learner = GeneratorLearner(teacher, settings, context, settings.steps)
         title = f"training the generator ({settings.generator})"
         with context.reporter.task(title, settings.steps) as task:
             for step in range(settings.steps):
                 terms = learner.next(1.0).terms
                 if step % CHECK_EVERY == 0 or step == settings.steps - 1:
+                    terms = context.group.mean(terms, learner.share)
                     record_terms(context, "synthesis", step, terms)
                 task.advance(1, loss=terms["generator_bns"])
         return learner.draw(settings.images)

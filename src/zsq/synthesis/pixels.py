@@ -7,6 +7,8 @@ statistics and, where a recipe asks for it, like a class. The methods (arXiv 200
 
 Batches are independent but for IntraQ's class centres, which come from the batches finished before.
 Several can be in flight side by side; each keeps its own statistics, rate and stream of chance.
+Several processes make several rounds at a time, but for those with class centres: one process makes
+them, one after another, so that the images are the same however many there are.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from zsq.runtime.tasks import Task
 from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import PASS, batch_sizes
 from zsq.synthesis.centers import ClassCenters
+from zsq.synthesis.dealing import dealt
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.objective import count_classes
 from zsq.synthesis.plateau import Plateau
@@ -177,7 +180,8 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
     Args:
         teacher: must have batch norms with running statistics.
         settings: of the recipe.
-        context: finished batches are taken from, and kept in, its checkpoints.
+        context: finished batches are taken from, and kept in, its checkpoints; rounds are dealt
+            out to the processes of its group.
 
     Returns:
         ``settings.images`` images. Labels are the classes asked for where a term asks for them,
@@ -194,20 +198,19 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
     classes = count_classes(teacher)
     centers = ClassCenters(classes, objective.width) if objective.with_features else None
-    made, done = [], 0
-    for index, sizes in enumerate(rounds):
-        piece = context.checkpoints.load(f"synthesis_{index:03d}")
-        if piece is None:
-            title = f"synthesis, round {index + 1} of {len(rounds)}"
-            with context.reporter.task(title, settings.steps) as task:
-                maker = _Round(objective, loss_function, context, done, sizes, classes, centers)
-                piece = maker.run(task, index * settings.steps)
-            context.checkpoints.save(f"synthesis_{index:03d}", piece)
-            context.flush()
+
+    def make(index: int) -> dict[str, Tensor]:
+        title = f"synthesis, round {index + 1} of {len(rounds)}"
+        done = sum(len(sizes) for sizes in rounds[:index])
+        with context.reporter.task(title, settings.steps) as task:
+            maker = _Round(objective, loss_function, context, done, rounds[index], classes, centers)
+            return maker.run(task, index * settings.steps)
+
+    made = []
+    for piece in dealt(len(rounds), make, context, in_order=centers is not None):
         if centers is not None:
             centers.add(_features(objective, piece["images"], context), piece["labels"])
         made.append(piece)
-        done += len(sizes)
     images = torch.cat([piece["images"] for piece in made])
     asked = any(name in objective.weights for name in LABEL_TERMS)
     labels = torch.cat([p["labels"] for p in made]) if asked else predict(teacher, images, context)
