@@ -61,8 +61,16 @@ def tune(
     teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
 ) -> Student:
     """Tune a student on images with its recipe's tuner; return it frozen on integers."""
-    settings, context = student.recipe.tuning, context or Context()
+    context = context or Context()
     images.check(student.info.input_shape)
+    context.group.align(student.network)
+    student = _tune(teacher, student, images, context)
+    context.group.align(student.network)
+    return student
+
+
+def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context) -> Student:
+    settings = student.recipe.tuning
     if isinstance(settings, Reconstruction):
         return reconstruct(teacher, student, images, context)
     if isinstance(settings, RangeCalibration):
@@ -96,7 +104,9 @@ def tune_with_generator(
     def learning(steps: int) -> GeneratorLearner:
         return GeneratorLearner(teacher, settings, context, settings.steps + steps)
 
+    context.group.align(student.network)
     student, source = finetune(teacher, student, learning, context)
+    context.group.align(student.network)
     with seeded(context.seed, "kept images"):
         return student, cast(GeneratorLearner, source).draw(settings.images)
 
@@ -123,6 +133,7 @@ def learns_together(recipe: Recipe, images: Images) -> bool:
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
     teacher = prepared_teacher(teacher, recipe, images)
+    context.group.align(teacher.network)
     return tune(teacher, attach(teacher, recipe), images, context=context)
 
 
@@ -135,7 +146,18 @@ def prepared_teacher(teacher: Teacher, recipe: Recipe, images: ImageSet) -> Teac
 
 
 def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:
-    """Return the images to tune with: given, read from a folder, or synthesised."""
+    """Return the images to tune with: given, read from a folder, or synthesised.
+
+    In a group process 0 is the one that is given images or reads them.
+    """
+    if images is None:
+        return synthesize(teacher, recipe, context=context)
+    return ImageSet.shared(context.group, lambda: _given_or_read(teacher, recipe, images, context))
+
+
+def _given_or_read(
+    teacher: Teacher, recipe: Recipe, images: ImageSet | Tensor | str | Path, context: Context
+) -> ImageSet:
     info = teacher.info
     if isinstance(images, ImageSet):
         return images.check(info.input_shape)
@@ -145,15 +167,11 @@ def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Con
         )
         given.check(info.input_shape)
         return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
-    if images is not None:
-        opened = open_folder(
-            images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
-        )
-        pixels, labels = load_images(
-            opened, min(recipe.synthesis.images, len(opened)), context.seed
-        )
-        provenance: dict[str, object] = {
-            "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
-        }  # fmt: skip
-        return ImageSet(pixels, labels, provenance).check(info.input_shape)
-    return synthesize(teacher, recipe, context=context)
+    opened = open_folder(
+        images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
+    )
+    pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)
+    provenance: dict[str, object] = {
+        "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
+    }  # fmt: skip
+    return ImageSet(pixels, labels, provenance).check(info.input_shape)

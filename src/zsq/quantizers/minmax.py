@@ -8,6 +8,8 @@ through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -146,16 +148,20 @@ class TrackedActivation(ActivationQuantizer):
 
     Attributes:
         tracking: True while batches move the range; otherwise a forward pass changes nothing.
+        widen: turns a batch's smallest and largest value, (2,), into those of all processes that share
+            it; only while tracking.
     """
 
     average: Tensor
     count: Tensor
+    widen: Callable[[Tensor], Tensor] | None
 
     def __init__(self, bits: int, *, decay: float = 0.9) -> None:
         super().__init__(bits, log_scale=False)
         self.raw_scale.requires_grad_(False)
         self.decay = decay
         self.tracking = False
+        self.widen = None
         self.register_buffer("average", torch.zeros(2))
         self.register_buffer("count", torch.zeros(()))
 
@@ -167,6 +173,8 @@ class TrackedActivation(ActivationQuantizer):
     def track(self, x: Tensor) -> None:
         """Let a batch move the range."""
         extremes = torch.stack(x.detach().float().aminmax())
+        if self.widen is not None:
+            extremes = self.widen(extremes)
         self.average.mul_(self.decay).add_(extremes, alpha=1 - self.decay)
         self.count.add_(1)
         low, high = self.range()

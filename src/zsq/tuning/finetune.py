@@ -7,6 +7,9 @@ activations, which are frozen then. From there on master weights, biases, gamma 
 SGD through the rounding (straight-through), while batch norms keep the teacher's statistics. With
 `inundation` in the recipe the step of every weight tensor is scaled until enough of its integers
 change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
+
+The processes of a group share every batch. Ranges are widened to all of it and gradients are summed
+before anything is decided, so that every process takes the same step.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from zsq.runtime.optimizers import (
     restore_generators,
     restore_optimizer,
 )
-from zsq.runtime.seeds import seeded
+from zsq.runtime.seeds import derive_seed, seeded
 from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
@@ -68,7 +71,7 @@ def finetune(
     """
     settings = student.recipe.tuning
     assert isinstance(settings, Finetuning)
-    with seeded(context.seed, "finetune"):
+    with seeded(context.seed, "finetune", *context.group.stream):
         source = make_source(settings.steps)
         loop = FineTuner(teacher, student, source, settings, context)
         total = source.warmup + settings.steps
@@ -115,6 +118,7 @@ class FineTuner:
             if isinstance(quantizer, TrackedActivation)
         }
         self.rest = _other_parameters(student, self.weights)
+        self.trained = [*(weight.master for weight in self.weights.values()), *self.rest]
         rule = settings.inundation
         self.weight_rule = InundatedSGD(
             self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
@@ -139,7 +143,7 @@ class FineTuner:
             terms = self._learn(batch, step - self.source.warmup, factor, measure=recorded)
             self._snapshot(step - self.source.warmup)
         if recorded:
-            self._record(step, batch.terms | terms)
+            self._record(step, self.context.group.mean(batch.terms | terms, batch.share))
         return next(iter((terms | batch.terms).values()), torch.zeros(()))
 
     @torch.no_grad()
@@ -149,6 +153,7 @@ class FineTuner:
         if left <= self.settings.range_steps:
             for quantizer in self.ranges.values():
                 quantizer.enabled = quantizer.tracking = True
+                quantizer.widen = self.context.group.extremes
             self.student(batch.images)
         if left == 1:
             self._freeze_ranges(batch.images)
@@ -156,12 +161,13 @@ class FineTuner:
     def _freeze_ranges(self, images: Tensor) -> None:
         for quantizer in self.ranges.values():
             quantizer.tracking = False
+            quantizer.widen = None
         if self.settings.ranges != "minmax":
             searched: dict[str, ActivationQuantizer] = {**self.ranges}
             for quantizer in self.ranges.values():
                 quantizer.enabled = False
             calibrate(
-                self.student.network, searched, [images],
+                self.student.network, searched, [self.context.group.gather(images)],
                 power=self.settings.power, asymmetric=self.settings.asymmetric,
                 rule=self.settings.ranges, percentile=self.settings.percentile,
             )  # fmt: skip
@@ -182,6 +188,7 @@ class FineTuner:
             terms = learn_from_harder(
                 self.objective, batch, self.settings.promotion, self.weights.values()
             )
+        self.context.group.sum_gradients(self.trained, batch.share)
         rate = self.settings.lr * factor
         for group in self.rest_rule.param_groups:
             group["lr"] = rate
@@ -230,6 +237,13 @@ class FineTuner:
         state = _flat(parts) | optimizer_state(self.rest_rule, "sgd")
         self.context.checkpoints.save("finetune", state | {"done": torch.tensor(done)})
         self.context.flush()
+        self._begin_stream(done)
+
+    def _begin_stream(self, done: int) -> None:
+        """Let the processes that keep no state of chance draw what they would draw when resumed."""
+        group = self.context.group
+        if group.stream:
+            torch.manual_seed(derive_seed(self.context.seed, "finetune", *group.stream, done))
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -249,6 +263,7 @@ class FineTuner:
             quantizer.load_state_dict(_part(state, f"ranges.{name}"))
             quantizer.enabled = bool(quantizer.calibrated)
         restore_generators(_part(state, "random"))
+        self._begin_stream(int(state["done"]))
         return int(state["done"])
 
 

@@ -155,7 +155,7 @@ def _tune_or_restore(
     title = f"reconstruction {index + 1} of {count}, {piece.name}"
     steps = sweep.settings.steps
     with (
-        seeded(context.seed, "tuning", sweep.name, index),
+        seeded(context.seed, "tuning", sweep.name, index, *context.group.stream),
         context.reporter.task(title, steps) as task,
     ):
         tuner = PieceTuner(
@@ -167,19 +167,21 @@ def _tune_or_restore(
             compiler=compiler,
         )
         tuner.calibrate()
+        context.group.align(piece.student)
         for step in range(steps if tuner.optimizers else 0):
             loss = tuner.step(step)
             if step % RECORD_EVERY == 0 or step == steps - 1:
                 _record(context, loss, step, index, piece)
             task.advance(1, loss=loss)
         undecided = tuner.finish()
+        context.group.align(piece.student)
     context.record("tuning", steps, piece=piece.name, undecided=undecided)
     context.checkpoints.save(name, _state(piece, sweep.activations))
     context.flush()
 
 
 def _record(context: Context, loss: Tensor, step: int, index: int, piece: Piece) -> None:
-    value = float(loss)
+    value = float(context.group.mean({"loss": loss}, 1 / context.group.size)["loss"])
     if not math.isfinite(value):
         raise RunError(
             f"the reconstruction loss of {piece.name} became {value} at step {step}. Lower tuning.rounding_lr "

@@ -63,9 +63,10 @@ class PieceTuner:
         self.policy = piece_policy(piece, context.policy)
         self.order = torch.empty(0, dtype=torch.long)
         self.masks = RandomMasks(settings.mix)
+        self.batch = min(settings.batch, len(problem.target))
+        context.group.check_batch(self.batch, "tuning.batch")
         self.optimizers = self._optimizers()
-        batch = min(settings.batch, len(problem.target))
-        worth = compiler is not None and compiler.worth(settings.steps, batch, problem.target)
+        worth = compiler is not None and compiler.worth(settings.steps, self.batch, problem.target)
         self.compiler = compiler if worth else None
         self.compiled: Loss | None = None
 
@@ -89,9 +90,9 @@ class PieceTuner:
         if rounding:
             rate = settings.rounding_lr or min(20 / settings.steps, 0.1)
             optimizers.append(torch.optim.Adam(rounding, lr=rate, fused=True))
-        trained = [p for group in groups for p in group["params"]] + rounding  # type: ignore[attr-defined]
+        self.trained = [p for group in groups for p in group["params"]] + rounding  # type: ignore[attr-defined]
         for parameter in self.piece.student.parameters():
-            parameter.requires_grad_(any(parameter is p for p in trained))
+            parameter.requires_grad_(any(parameter is p for p in self.trained))
         return optimizers
 
     def calibrate(self) -> None:
@@ -108,14 +109,16 @@ class PieceTuner:
             quantizer.drop = self.settings.drop
 
     def next_indices(self) -> Tensor:
-        """Return the next batch of image indices: a fresh permutation each epoch, nothing dropped."""
-        count = len(self.problem.target)
-        batch = min(self.settings.batch, count)
+        """Return the next batch of image indices: a fresh permutation each epoch, nothing dropped.
+
+        The processes of a group share it: process 0 draws the order, each takes its slice.
+        """
+        count, batch, group = len(self.problem.target), self.batch, self.context.group
         if len(self.order) < batch:
-            fresh = torch.randperm(count, device=self.problem.target.device)
+            fresh = group.first_says(torch.randperm(count, device=self.problem.target.device))
             self.order = torch.cat([self.order.to(fresh.device), fresh])
         indices, self.order = self.order[:batch], self.order[batch:]
-        return indices
+        return group.part(indices)
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
@@ -167,6 +170,8 @@ class PieceTuner:
             optimizer.zero_grad()
         if self.optimizers:
             total.backward()  # type: ignore[no-untyped-call]
+        # the regulariser is the same on all processes, and their shares sum to 1: it counts once
+        self.context.group.sum_gradients(self.trained, len(indices) / self.batch)
         if self.step_optimizer is not None:
             factor = cosine(step, self.settings.steps)
             for group, rate in zip(self.step_optimizer.param_groups, self.base_rates, strict=True):
