@@ -11,7 +11,7 @@ import typer
 
 from zsq.cli_bench import measuring
 from zsq.cli_study import study
-from zsq.errors import ZsqError
+from zsq.errors import ToldError, ZsqError
 from zsq.options import (
     AllowPickle,
     BitsOption,
@@ -85,19 +85,26 @@ def quantize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Synthesise images, quantize, save, export to ONNX and check the file."""
+    """Synthesise images, quantize, save, export to ONNX and check the file.
+
+    Several GPUs or machines: torchrun --nproc-per-node N -m zsq quantize ...
+    """
     from zsq import pipeline
     from zsq.artifact.runfolder import RunFolder
+    from zsq.runtime.joining import joined
     from zsq.tables import run_table
 
-    pipeline.quantize(
-        model, recipe, bits=bits, protocol=protocol, schedule=schedule.value, settings=settings or (),
-        input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
-        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
-        images_from=images_from, seed=seed,
-        device=device, precision=precision.value, compile=compile_, out=out, resume=resume, report=report,
-        reporter=reporter_for(quiet or as_json),
-    )  # fmt: skip
+    with joined(device, _tell) as group:
+        pipeline.quantize(
+            model, recipe, bits=bits, protocol=protocol, schedule=schedule.value, settings=settings or (),
+            input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
+            std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
+            images_from=images_from, seed=seed, device=group.device, precision=precision.value,
+            compile=compile_, out=out, resume=resume, report=report,
+            reporter=reporter_for(quiet or as_json), group=group,
+        )  # fmt: skip
+    if group.rank:
+        return
     record = {"run": out, **RunFolder.open(out).record}
     show(record, as_json, lambda: run_table(record))
 
@@ -226,12 +233,19 @@ app.add_typer(measuring)
 app.add_typer(study)
 
 
+def _tell(error: ZsqError) -> None:
+    sys.stderr.write(f"zsq: {error}\n")
+    sys.stderr.flush()
+
+
 def main() -> None:
     """Run the command line; exit 2 for what cannot work, 1 for what failed, 130 when interrupted."""
     try:
         app()
+    except ToldError as error:
+        sys.exit(error.exit_code)
     except ZsqError as error:
-        sys.stderr.write(f"zsq: {error}\n")
+        _tell(error)
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:

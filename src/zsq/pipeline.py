@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from zsq.artifact.given import given_images, name_of
+from zsq.artifact.given import known_to_all
+from zsq.artifact.identity import check_agreement, run_identity
 from zsq.artifact.networkfile import (
-    fingerprint,
     load_saved_teacher,
+    load_shared_student,
     load_student,
     save_student,
     save_teacher,
@@ -28,10 +29,11 @@ from zsq.bits.plots import write_plan
 from zsq.config import LARGE_SIDE, Recipe, load_recipe, to_yaml
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
-from zsq.runtime.checkpoints import Checkpoints
+from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
-from zsq.runtime.metrics import MetricsLog
-from zsq.runtime.policy import Policy, Precision, make_policy
+from zsq.runtime.group import Group
+from zsq.runtime.metrics import HeldRecords, MetricsLog
+from zsq.runtime.policy import Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.stages import Images, choose_images, learns_together, produce, tuned
 from zsq.student import Student, prepared_network
@@ -66,6 +68,7 @@ def quantize(
     resume: bool = False,
     report: bool = True,
     reporter: Reporter | None = None,
+    group: Group | None = None,
 ) -> Student:
     """Quantize a trained network without its data.
 
@@ -94,6 +97,9 @@ def quantize(
         resume: go on with an interrupted run in ``out``.
         report: diagnose the layers and write ``report.html`` into ``out`` at the end.
         reporter: progress; quiet by default.
+        group: the processes that share the run, from `zsq.runtime.joining.joined`; each makes the same
+            call and gets the same student, process 0 writes. The result does not depend on their
+            number but for rounding and chance.
 
     Returns:
         The quantized network, a `torch.nn.Module` on the CPU.
@@ -104,59 +110,55 @@ def quantize(
     """
     if example_inputs is not None and input_shape is None:
         input_shape = tuple(example_inputs.shape[1:])
-    teacher = load_teacher(
-        model,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        weights=weights,
-        allow_pickle=allow_pickle,
-    )
+    group = group or Group()
+    with group.one_first():
+        teacher = load_teacher(
+            model, input_shape=input_shape, mean=mean, std=std, weights=weights,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
     plan = read_plan(bits)
     resolved = load_recipe(
         recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
         settings=settings, protocol=protocol,
         **(plan.changes(teacher) if plan else {"bits": bits}),
     )  # fmt: skip
-    images = given_images(images, images_from)
+    images = known_to_all(group, images, images_from)
     policy = make_policy(device, precision, compile)
-    reporter = reporter or QuietReporter()
+    policy = replace(policy, dtype=group.send(policy.dtype, 0))
+    context = Context(
+        seed, policy, (reporter if group.rank == 0 else None) or QuietReporter(), group=group
+    )
+    identity = run_identity(teacher, resolved, seed, policy, images)
+    check_agreement(identity, group)
     if out is None:
-        context = Context(seed=seed, policy=policy, reporter=reporter)
         return produce(teacher, resolved, images, context)[0].to("cpu")
-    folder = RunFolder.start(out, _identity(teacher, resolved, seed, policy, images), resume=resume)
+    if group.rank:
+        checkpoints = SharedCheckpoints(None, group)
+        context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
+        return _produce(None, teacher, resolved, images, context)
+    folder = RunFolder.start(out, identity, resume=resume)
+    folder.record["processes"] = group.size
     with MetricsLog(folder.file("metrics.jsonl")) as metrics:
-        checkpoints = Checkpoints(folder.file("checkpoints"))
-        context = Context(seed, policy, reporter, checkpoints, metrics)
+        checkpoints = SharedCheckpoints(folder.file("checkpoints"), group)
+        context = replace(context, checkpoints=checkpoints, metrics=metrics)
         student = _run(folder, teacher, resolved, images, context)
     if plan is not None:
         write_plan(plan, folder.path)
     folder.finish()
     if report:
-        write_report([folder.path], reporter=reporter)
+        write_report([folder.path], reporter=context.reporter)
     return student
 
 
-def _identity(
-    teacher: Teacher, recipe: Recipe, seed: int, policy: Policy, images: Images
-) -> dict[str, object]:
-    """Everything that decides a run's result."""
-    return {
-        "model": teacher.info.reference, "network": fingerprint(teacher.network),
-        "recipe": json.loads(recipe.model_dump_json()), "seed": seed,
-        "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
-        "compile": policy.compile, "images": name_of(images),
-    }  # fmt: skip
-
-
 @contextmanager
-def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+def _timed(folder: RunFolder | None, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
     finally:
-        folder.note_time(stage, time.perf_counter() - start)
-        folder.save()
+        if folder is not None:
+            folder.note_time(stage, time.perf_counter() - start)
+            folder.save()
 
 
 def _run(
@@ -166,8 +168,7 @@ def _run(
     folder.write_text("recipe.yaml", to_yaml(recipe))
     if not folder.file("teacher.safetensors").exists():
         save_teacher(teacher, folder.file("teacher.safetensors"))
-    _produce(folder, teacher, recipe, images, context)
-    student = load_student(folder.file("student.safetensors"))
+    student = _produce(folder, teacher, recipe, images, context)
     if not folder.file("model.onnx").exists() or "export" not in folder.record["results"]:
         with _timed(folder, "export"):
             _export(folder, "ort-cpu", folder.file("model.onnx"), False, context.reporter)
@@ -175,27 +176,45 @@ def _run(
 
 
 def _produce(
-    folder: RunFolder, teacher: Teacher, recipe: Recipe, images: Images, context: Context
-) -> None:
-    """Write a run's images and its student, each unless it is there."""
-    pictures, result = folder.file("images.safetensors"), folder.file("student.safetensors")
-    if result.exists():
-        return
-    if learns_together(recipe, images):
-        with _timed(folder, "tuning"):
-            student, chosen = produce(teacher, recipe, None, context)
-        chosen.save(pictures)
-    else:
-        if not pictures.exists():
-            with _timed(folder, "images"):
-                chosen = choose_images(teacher, recipe, images, context)
-            chosen.save(pictures)
-        with _timed(folder, "tuning"):
-            student = tuned(teacher, recipe, ImageSet.load(pictures), context)
+    folder: RunFolder | None, teacher: Teacher, recipe: Recipe, images: Images, context: Context
+) -> Student:
+    """Write a run's images and its student, each unless it is there; return the student.
+
+    All processes of a group call this; ``folder`` is None on those that write nothing.
+    """
+    group = context.group
+    pictures, result = (
+        folder.file(name) if folder else Path() for name in ("images.safetensors", "student.safetensors")
+    )  # fmt: skip
+    if not group.from_first(result.exists):
+        if learns_together(recipe, images):
+            with _timed(folder, "tuning"):
+                student, chosen = produce(teacher, recipe, None, context)
+            _save_images(folder, chosen)
+        else:
+            if not group.from_first(pictures.exists):
+                with _timed(folder, "images"):
+                    chosen = choose_images(teacher, recipe, images, context)
+                _save_images(folder, chosen)
+            with _timed(folder, "tuning"):
+                chosen = ImageSet.shared(group, lambda: ImageSet.load(pictures))
+                student = tuned(teacher, recipe, chosen, context)
+        if folder is not None:
+            _keep_snapshots(folder)
+            save_student(student.to("cpu"), result)
+    return load_shared_student(result, group)
+
+
+def _save_images(folder: RunFolder | None, images: ImageSet) -> None:
+    if folder is not None:
+        images.save(folder.file("images.safetensors"))
+
+
+def _keep_snapshots(folder: RunFolder) -> None:
+    """Move snapshots of the weights out of the checkpoints, which end with the run."""
     for snapshot in sorted(folder.file("checkpoints").glob("path_*.safetensors")):
         folder.file("path").mkdir(exist_ok=True)
         snapshot.replace(folder.file("path") / snapshot.name)
-    save_student(student.to("cpu"), result)
 
 
 def load(run: str | Path) -> Student:

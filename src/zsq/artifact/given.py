@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
+from zsq.runtime.group import Group
 from zsq.stages import Images
 from zsq.synthesis.images import ImageSet
 
@@ -35,6 +36,19 @@ def given_images(images: Images, images_from: str | Path | None) -> Images:
     return ImageSet.load(
         path if path.is_file() else RunFolder.open(path).require("images.safetensors")
     )
+
+
+def known_to_all(group: Group, images: Images, images_from: str | Path | None) -> Images:
+    """Return `given_images` on process 0 of a group, which alone needs them, and their name on others.
+
+    Raises:
+        UsageError: as `given_images`.
+    """
+    if group.size == 1:
+        return given_images(images, images_from)
+    mine = given_images(images, images_from) if group.rank == 0 else None
+    name = group.from_first(lambda: None if mine is None else name_of(mine))
+    return mine if group.rank == 0 else name
 
 
 def name_of(images: Images) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from zsq.quantizers.packing import pack_codes, unpack_codes
 from zsq.quantizers.protocol import Placement
 from zsq.quantizers.weight import FrozenWeight
 from zsq.runtime.checkpoints import load_tensors, save_tensors
+from zsq.runtime.group import Group
 from zsq.student import Student
 from zsq.teacher.layers import BatchNorm, Layer
 from zsq.teacher.teacher import ModelInfo, Teacher
@@ -82,6 +84,25 @@ def load_student(path: Path) -> Student:
         raise UsageError(f"{path} is damaged: {error}") from error
     student = Student(network, placement, _info(header), recipe)
     return student.requires_grad_(False).eval()
+
+
+def load_shared_student(path: Path, group: Group) -> Student:
+    """Read a student on all processes of a group; only process 0 has the file.
+
+    Raises:
+        UsageError: missing, truncated, or not such a file.
+    """
+    if group.size == 1:
+        return load_student(path)
+    mine = load_student(path) if group.rank == 0 else None
+    content = bytearray(path.read_bytes()) if mine else bytearray(1)
+    shared = group.share({"file": torch.frombuffer(content, dtype=torch.uint8)})["file"]
+    if mine is not None:
+        return mine
+    with tempfile.TemporaryDirectory() as folder:
+        received = Path(folder) / "student.safetensors"
+        received.write_bytes(shared.numpy().tobytes())
+        return load_student(received)
 
 
 def fingerprint(network: GraphModule) -> str:

@@ -94,7 +94,7 @@ class RunFolder:
         return cls(path, record)
 
     def _check_same(self, identity: dict[str, Any], resume: bool) -> None:
-        different = _differences(self.record.get("identity") or {}, identity)
+        different = differences(self.record.get("identity") or {}, identity)
         if different:
             raise UsageError(
                 f"{self.path} holds another run: {'; '.join(different[:3])}. Choose another folder with -o, "
@@ -148,13 +148,13 @@ class RunFolder:
         return path
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Name the settings in which two identities differ."""
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r}, now {new!r}")
     return found
