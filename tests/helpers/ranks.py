@@ -8,10 +8,12 @@ As a script, ``torchrun ranks.py FOLDER``, every process does all jobs and write
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
-from helpers.students import image_set, labelled_images, recipe, teacher_of
+from helpers import students
+from helpers.students import image_set, labelled_images, recipe
 
 from zsq.config import load_recipe
 from zsq.runtime.checkpoints import load_tensors, save_tensors
@@ -29,6 +31,11 @@ SHORT = ["tuning.steps=5", "tuning.range_steps=3", "tuning.batch=7", "tuning.lr=
          "synthesis.steps=4", "synthesis.batch=7", "synthesis.images=10"]  # fmt: skip
 #: Pixels in three rounds, of 8, 8 and 6 images.
 ROUNDS = ["synthesis.images=22", "synthesis.batch=8", "synthesis.steps=3"]
+
+
+@cache
+def teacher_of():
+    return students.teacher_of()
 
 
 def launch(processes, script, *arguments, cwd=None):

@@ -50,13 +50,20 @@ def joined(device: str, tell: Callable[[ZsqError], None]) -> Iterator[Group]:
         yield Group(device=device)
         return
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    local = int(os.environ["LOCAL_RANK"])
+    with _told_once(store, tell):
+        group = Group(rank, size, _own_device(device, local), local)
+    # told before the group is left: that is what the others notice, and they shall not speak first
+    with _process_group(group, store), _told_once(store, tell), _stopped_by_an_error():
+        yield group
+        group.barrier()  # process 0 is still writing: leave together
+
+
+@contextmanager
+def _told_once(store: Store, tell: Callable[[ZsqError], None]) -> Iterator[None]:
+    """Let the first process that meets an error in the block tell it, and the others end silently."""
     try:
-        local = int(os.environ["LOCAL_RANK"])
-        with _stopped_by_an_error():
-            group = Group(rank, size, _own_device(device, local), local)
-            with _process_group(group, store):
-                yield group
-                group.barrier()  # process 0 is still writing: leave together
+        yield
     except KeyboardInterrupt:
         if not _is_first(store):
             raise ToldError(INTERRUPTED) from None
@@ -65,6 +72,14 @@ def joined(device: str, tell: Callable[[ZsqError], None]) -> Iterator[Group]:
         if _is_first(store):
             tell(error)
         raise ToldError(error.exit_code) from error
+
+
+def _is_first(store: Store) -> bool:
+    """Whether no other process has met an error yet; asking again returns False."""
+    try:
+        return int(store.add("zsq/errors", 1)) == 1
+    except RuntimeError:  # whoever kept the store is gone: better told twice than never
+        return True
 
 
 def _own_device(device: str, local_rank: int) -> str:
@@ -96,14 +111,6 @@ def _process_group(group: Group, store: Store) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-def _is_first(store: Store) -> bool:
-    """Whether no other process has met an error yet; asking again returns False."""
-    try:
-        return int(store.add("zsq/errors", 1)) == 1
-    except RuntimeError:  # whoever kept the store is gone: better told twice than never
-        return True
 
 
 @contextmanager
