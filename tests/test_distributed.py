@@ -114,9 +114,9 @@ def test_accuracy_is_that_of_one_process(tmp_path, monkeypatch, capsys, name):
     module, images, labels = train_digits()
     save_digits(module, tmp_path / "digits.safetensors")
     settings = {
-        "genie": ["synthesis.images=128", "synthesis.batch=64", "synthesis.steps=300",
-                  "tuning.steps=300"],
-        "gdfq+ait": ["synthesis.batch=63", "synthesis.steps=200", "tuning.steps=300"],
+        "genie": ["synthesis.images=64", "synthesis.batch=32", "synthesis.steps=150",
+                  "tuning.steps=200"],
+        "gdfq+ait": ["synthesis.batch=63", "synthesis.steps=150", "tuning.steps=150"],
     }[name]  # fmt: skip
     chosen = [part for setting in settings for part in ("--set", setting)]
     found = {}
@@ -127,10 +127,10 @@ def test_accuracy_is_that_of_one_process(tmp_path, monkeypatch, capsys, name):
         if run == "one":
             assert zsq(monkeypatch, capsys, *command)[0] == 0
         else:
-            done = launch(2, ZSQ, *command)
+            done = launch(2, ZSQ, *command, seconds=400)
             assert done.returncode == 0, done.stderr
         with torch.no_grad():
             found[run] = float((load(tmp_path / run)(images).argmax(1) == labels).float().mean())
     # two standard errors of a difference, at an accuracy of 95 % on 540 images
     assert abs(found["one"] - found["two"]) < 0.027, found
-    assert found["two"] > 0.85, found
+    assert found["two"] > 0.9, found

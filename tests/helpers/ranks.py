@@ -5,18 +5,21 @@ As a script, ``torchrun ranks.py FOLDER``, every process does all jobs and write
 ``FOLDER/JOB.RANK.safetensors``. A job takes the group and returns named tensors.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import students
 from helpers.students import image_set, labelled_images, recipe
 
 from zsq.config import load_recipe
-from zsq.runtime.checkpoints import load_tensors, save_tensors
+from zsq.runtime.checkpoints import SharedCheckpoints, load_tensors, save_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
 from zsq.runtime.joining import joined
@@ -24,6 +27,7 @@ from zsq.stages import synthesize, tune, tune_with_generator
 from zsq.student import attach
 from zsq.synthesis.labels import Labels
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.tuning import finetune
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 #: Short fine-tuning; 7 images a batch are 4 and 3 for two processes.
@@ -38,14 +42,14 @@ def teacher_of():
     return students.teacher_of()
 
 
-def launch(processes, script, *arguments, cwd=None):
+def launch(processes, script, *arguments, seconds=110):
     """Run a script, or ``-m MODULE``, on several processes; return what it did and said."""
     roots = [str(Path(__file__).parents[2] / name) for name in ("src", "tests")]
     path = os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")])
     command = [*LAUNCH, str(processes), *script, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=110, check=False,
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=seconds, check=False,
     )  # fmt: skip
 
 
@@ -183,8 +187,43 @@ def together(group):
     return _weights(student) | {"kept": kept.images}
 
 
+def _stopped_at(last, save):
+    def save_and_stop(self, done):
+        save(self, done)
+        if done == last:
+            raise InterruptedError
+
+    return save_and_stop
+
+
+def resumed(group):
+    """Fine-tuning with a learning generator, whole and interrupted after six of its nine steps."""
+    teacher = teacher_of()
+    chosen = load_recipe("gdfq+ait", bits="w4a4", settings=SHORT)
+    found = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setattr(finetune, "CHECKPOINT_EVERY", 2)
+        for run, last in (("whole", None), ("stopped", 6), ("stopped", None)):
+            mine = Path(folder) / run if group.rank == 0 else None
+            context = Context(checkpoints=SharedCheckpoints(mine, group), group=group)
+            with patched.context() as stopping, contextlib.suppress(InterruptedError):
+                if last:
+                    stopping.setattr(
+                        finetune.FineTuner, "save", _stopped_at(last, finetune.FineTuner.save)
+                    )
+                student, kept = tune_with_generator(
+                    teacher, attach(teacher, chosen), context=context
+                )
+                weights = _weights(student) | {"kept": kept.images}
+                found |= {f"{run}.{k}": v for k, v in weights.items()}
+    return found
+
+
 JOBS = [operations, gradients, genie, hast, intraq, reconstruction, dropping, inundation, promotion,
-        learning, together]  # fmt: skip
+        learning, together, resumed]  # fmt: skip
 
 
 def alone(job):

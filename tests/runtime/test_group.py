@@ -85,6 +85,14 @@ def test_chance_differs_between_processes_and_results_do_not(folder, job):
     assert any(not torch.equal(first[k], one[k]) for k in one)
 
 
+def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder):
+    first, second, _ = both(folder, ranks.resumed)
+    same(first, second)
+    whole = {k.removeprefix("whole."): v for k, v in first.items() if k.startswith("whole.")}
+    assert len(whole) * 2 == len(first)
+    same(whole, {k: first[f"stopped.{k}"] for k in whole})
+
+
 def test_batches_smaller_than_the_group_are_refused():
     with pytest.raises(UsageError, match=r"tuning.batch gives 3 image.*at most 3 processes"):
         Group(0, 4).check_batch(3, "tuning.batch")
