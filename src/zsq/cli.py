@@ -22,6 +22,7 @@ from zsq.options import (
     InputShape,
     Json,
     Mean,
+    Memory,
     Model,
     Precision,
     PrecisionChoice,
@@ -79,6 +80,7 @@ def quantize(
     device: Device = "cpu",
     precision: Precision = PrecisionChoice.auto,
     compile_: Compile = True,
+    memory: Memory = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help=(
         "Diagnose the layers and write report.html at the end."))] = True,
@@ -100,7 +102,7 @@ def quantize(
             input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
             std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
             images_from=images_from, seed=seed, device=group.device, precision=precision.value,
-            compile=compile_, out=out, resume=resume, report=report,
+            compile=compile_, memory=memory, out=out, resume=resume, report=report,
             reporter=reporter_for(quiet or as_json), group=group,
         )  # fmt: skip
     if group.rank:

@@ -35,6 +35,7 @@ from zsq.runtime.group import Group
 from zsq.runtime.metrics import HeldRecords, MetricsLog
 from zsq.runtime.policy import Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.runtime.shelf import parse_memory
 from zsq.stages import Images, choose_images, learns_together, produce, tuned
 from zsq.student import Student, prepared_network
 from zsq.synthesis.images import ImageSet
@@ -64,6 +65,7 @@ def quantize(
     device: str = "cpu",
     precision: Precision = "auto",
     compile: bool = True,
+    memory: int | str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     report: bool = True,
@@ -93,6 +95,8 @@ def quantize(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of synthesis: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile` for loops long enough to repay it.
+        memory: most that block inputs may take on the host, in bytes or like ``"8GB"``; what is more
+            lies in files meanwhile. None is half of the machine's.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
         resume: go on with an interrupted run in ``out``.
         report: diagnose the layers and write ``report.html`` into ``out`` at the end.
@@ -123,7 +127,9 @@ def quantize(
         **(plan.changes(teacher) if plan else {"bits": bits}),
     )  # fmt: skip
     images = known_to_all(group, images, images_from)
-    policy = make_policy(device, precision, compile)
+    policy = make_policy(
+        device, precision, compile, parse_memory(memory) if isinstance(memory, str) else memory
+    )
     policy = replace(policy, dtype=group.send(policy.dtype, 0))
     context = Context(
         seed, policy, (reporter if group.rank == 0 else None) or QuietReporter(), group=group

@@ -12,6 +12,8 @@ from zsq.functional.affine import search_weight_grid
 from zsq.runtime.checkpoints import Checkpoints, load_tensors, save_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
+from zsq.runtime.policy import Policy
+from zsq.runtime.progress import QuietReporter
 from zsq.student import attach, prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.tuning import reconstruct as module
@@ -229,3 +231,23 @@ def test_images_that_do_not_suit_are_refused_before_anything_long(teacher):
     nan = ImageSet(torch.full((4, *SHAPE), float("nan")), torch.zeros(4))
     with pytest.raises(UsageError, match="NaN"):
         reconstruct(teacher, student, nan, Context())
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_weights_do_not_depend_on_where_block_inputs_lie(tmp_path):
+    reporter = QuietReporter()
+    notes = []
+    reporter.note = notes.append
+    students = []
+    for memory in (None, 1000):
+        policy = Policy(memory=memory)
+        context = Context(
+            policy=policy, reporter=reporter, checkpoints=Checkpoints(tmp_path / str(memory))
+        )
+        students.append(tuned(teacher_of(), context=context))
+    assert same_weights(*students)
+    assert "all in memory" in notes[0]
+    assert "lie in files" in notes[1]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".cache"]

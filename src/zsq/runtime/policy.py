@@ -29,11 +29,14 @@ class Policy:
         dtype: of convolutions and their inputs while images are synthesised; statistics, losses,
             latents, steps and optimiser state are float32 always.
         compile: whether `torch.compile` may be used for loops long enough to repay it.
+        memory: bytes that caches over all images may take on the host; None: half of what there is.
+            Beyond it they lie in files. Results do not depend on it.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     compile: bool = False
+    memory: int | None = None
 
     def worth_compiling(self, steps: int) -> bool:
         """Return whether a loop of so many steps may be, and repays being, compiled."""
@@ -48,13 +51,17 @@ class Policy:
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def make_policy(device: str = "cpu", precision: Precision = "auto", compile: bool = True) -> Policy:
+def make_policy(
+    device: str = "cpu", precision: Precision = "auto", compile: bool = True,
+    memory: int | None = None,
+) -> Policy:  # fmt: skip
     """Choose a policy for a device.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile`.
+        memory: bytes that caches over all images may take on the host; None: half of what there is.
 
     Raises:
         UsageError: the device does not exist here.
@@ -74,7 +81,7 @@ def make_policy(device: str = "cpu", precision: Precision = "auto", compile: boo
     dtype = (
         torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
     )
-    return Policy(place, dtype, compile)
+    return Policy(place, dtype, compile, memory)
 
 
 def _has_fast_bf16(device: torch.device) -> bool:

@@ -23,6 +23,7 @@ from zsq.errors import RunError
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
+from zsq.runtime.shelf import Shelf, describe, half_of_memory
 from zsq.student import Student, calibrate_student, prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.pieces import cut_piece, nodes_up_to
@@ -57,12 +58,12 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
     policy.place(student.network)
     settings = student.recipe.tuning
     assert isinstance(settings, Reconstruction)
-    compiler = PieceCompiler(policy, context.reporter.note)
+    tools = _Tools(context, PieceCompiler(policy, context.reporter.note), _shelf(context))
     for each in _passes(settings):
         if each.settings.unit == "layer":
-            _layers_one_by_one(network, student, images.images, each, context, compiler)
+            _layers_one_by_one(network, student, images.images, each, tools)
         else:
-            _blocks_in_a_row(network, student, images.images, each, context, compiler)
+            _blocks_in_a_row(network, student, images.images, each, tools)
     calibrate_student(student, images.images.to(policy.device))
     return student.freeze()
 
@@ -74,6 +75,21 @@ class _Pass:
     name: str
     settings: Reconstruction
     activations: bool
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What all pieces of a run share."""
+
+    context: Context
+    compiler: PieceCompiler
+    shelf: Shelf
+
+
+def _shelf(context: Context) -> Shelf:
+    policy = context.policy
+    budget = half_of_memory() if policy.memory is None else policy.memory
+    return Shelf(budget, context.checkpoints.folder, pinned=policy.device.type == "cuda")
 
 
 def _passes(settings: Reconstruction) -> list[_Pass]:
@@ -89,33 +105,27 @@ def _passes(settings: Reconstruction) -> list[_Pass]:
 
 
 def _blocks_in_a_row(
-    network: GraphModule,
-    student: Student,
-    images: Tensor,
-    sweep: _Pass,
-    context: Context,
-    compiler: PieceCompiler,
+    network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
-    pieces = block_pieces(network, student)
+    pieces, context, shelf = block_pieces(network, student), tools.context, tools.shelf
+    context.reporter.note(describe(shelf, _boundaries(pieces, images, context)))
     from_teacher = from_student = images
     for index, piece in enumerate(pieces):
-        target = run(piece.teacher, from_teacher, context)
-        problem = Problem(from_teacher, from_student, target)
-        _tune_or_restore(index, len(pieces), piece, problem, sweep, context, compiler)
+        target = run(piece.teacher, from_teacher, context, shelf)
+        _tune_or_restore(
+            index, len(pieces), piece, Problem(from_teacher, from_student, target), sweep, tools
+        )
+        from_teacher = (
+            target  # nothing holds the old one, so that three tensors are alive, not four
+        )
         if index < len(pieces) - 1:
-            from_student = run(piece.student, from_student, context)
-        from_teacher = target
+            from_student = run(piece.student, from_student, context, shelf)
 
 
 def _layers_one_by_one(
-    network: GraphModule,
-    student: Student,
-    images: Tensor,
-    sweep: _Pass,
-    context: Context,
-    compiler: PieceCompiler,
+    network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
-    pieces = layer_pieces(network, student)
+    pieces, context = layer_pieces(network, student), tools.context
     for index, piece in enumerate(pieces):
         inputs = [images, images]
         if piece.source not in {n.name for n in network.graph.nodes if n.op == "placeholder"}:
@@ -123,30 +133,41 @@ def _layers_one_by_one(
                 cut_piece(each, nodes_up_to(each, piece.source), piece.source)
                 for each in (network, student.network)
             ]
-            inputs = [run(part, images, context) for part in parts]
-        target = run(piece.teacher, inputs[0], context)
+            inputs = [run(part, images, context, tools.shelf) for part in parts]
+        target = run(piece.teacher, inputs[0], context, tools.shelf)
         problem = Problem(inputs[0], inputs[1], target)
-        _tune_or_restore(index, len(pieces), piece, problem, sweep, context, compiler)
+        _tune_or_restore(index, len(pieces), piece, problem, sweep, tools)
+
+
+def _boundaries(pieces: list[Piece], images: Tensor, context: Context) -> list[tuple[int, ...]]:
+    """Return the shape of what each piece puts out for all images."""
+    value, shapes = images[:1].to(context.policy.device), []
+    with torch.no_grad():
+        for piece in pieces:
+            value = piece.teacher(value)
+            shapes.append((len(images), *value.shape[1:]))
+    return shapes
 
 
 @torch.no_grad()
-def run(piece: GraphModule, inputs: Tensor, context: Context) -> Tensor:
-    """Run a piece over many inputs, a few at a time; the result lies on the CPU or where inputs lie."""
-    device = context.policy.device
-    return torch.cat(
-        [piece(part.to(device)).to(inputs.device) for part in torch.split(inputs, PASS)]
-    )
+def run(piece: GraphModule, inputs: Tensor, context: Context, shelf: Shelf | None = None) -> Tensor:
+    """Run a piece over many inputs, a few at a time; the result lies on a shelf, on the CPU."""
+    device, done = context.policy.device, 0
+    result: Tensor | None = None
+    for part in torch.split(inputs, PASS):
+        outputs = piece(part.to(device))
+        if result is None:
+            result = (shelf or Shelf()).room((len(inputs), *outputs.shape[1:]))
+        result[done : done + len(part)].copy_(outputs)
+        done += len(part)
+    assert result is not None
+    return result
 
 
 def _tune_or_restore(
-    index: int,
-    count: int,
-    piece: Piece,
-    problem: Problem,
-    sweep: _Pass,
-    context: Context,
-    compiler: PieceCompiler,
+    index: int, count: int, piece: Piece, problem: Problem, sweep: _Pass, tools: _Tools
 ) -> None:
+    context = tools.context
     name = f"{sweep.name}_{index:03d}"
     saved = context.checkpoints.load(name)
     if saved is not None:
@@ -164,7 +185,7 @@ def _tune_or_restore(
             sweep.settings,
             context,
             activations=sweep.activations,
-            compiler=compiler,
+            compiler=tools.compiler,
         )
         tuner.calibrate()
         context.group.align(piece.student)

@@ -22,6 +22,8 @@ from zsq.tuning.pieces import Piece, layer_modules, quantizer_modules
 
 #: Images per pass when boundaries are computed.
 PASS = 64
+#: Share of a GPU's free memory that a piece's inputs and targets may take; else they stay outside.
+FREE_SHARE = 0.5
 #: Weights of more bits are tuned in float32: bf16 errs by half a code of 8 bits, by 1/8 of 6.
 BITS_BELOW_BF16 = 6
 
@@ -52,7 +54,7 @@ class PieceTuner:
         activations: bool = True, compiler: PieceCompiler | None = None,
     ) -> None:  # fmt: skip
         self.piece, self.settings, self.context = piece, settings, context
-        self.problem = _channels_last(problem, context.policy.device)
+        self.problem = _placed(problem, context.policy.device)
         self.layers = layer_modules(piece)
         self.quantizers = quantizer_modules(piece) if activations else {}
         self.weights = [
@@ -99,7 +101,8 @@ class PieceTuner:
         """Give the piece's activation quantizers a first step, then switch them on."""
         for quantizer in self.quantizers.values():
             quantizer.enabled = False
-        inputs = self.problem.from_student[: self.settings.calibration_images]
+        device = self.context.policy.device
+        inputs = self.problem.from_student[: self.settings.calibration_images].to(device)
         calibrate(
             self.piece.student, self.quantizers, list(torch.split(inputs, PASS)),
             power=self.settings.power, asymmetric=self.settings.asymmetric,
@@ -119,6 +122,10 @@ class PieceTuner:
             self.order = torch.cat([self.order.to(fresh.device), fresh])
         indices, self.order = self.order[:batch], self.order[batch:]
         return group.part(indices)
+
+    def take(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Return a batch, on the device that computes."""
+        return images[indices].to(self.context.policy.device, non_blocking=True)
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
@@ -160,12 +167,11 @@ class PieceTuner:
     def step(self, step: int) -> Tensor:
         """Make one step; return the reconstruction error of its batch, detached."""
         indices = self.next_indices()
-        problem = self.problem
-        inputs = problem.from_teacher[indices]
+        inputs = self.take(self.problem.from_teacher, indices)
         if self.settings.mix > 0:
-            student_side = self.masks.draw(inputs)
-            inputs = torch.lerp(inputs, problem.from_student[indices], student_side)
-        total, error = self.losses(step, inputs, problem.target[indices])
+            theirs = self.take(self.problem.from_student, indices)
+            inputs = torch.lerp(inputs, theirs, self.masks.draw(inputs))
+        total, error = self.losses(step, inputs, self.take(self.problem.target, indices))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.optimizers:
@@ -199,11 +205,15 @@ def piece_policy(piece: Piece, policy: Policy) -> Policy:
     return dataclasses.replace(policy, dtype=torch.float32)
 
 
-def _channels_last(problem: Problem, device: torch.device) -> Problem:
-    def convert(x: Tensor) -> Tensor:
-        x = x.to(device)
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+def _placed(problem: Problem, device: torch.device) -> Problem:
+    """Put a problem where its batches are drawn: on the device where it fits, else where it lies."""
+    tensors = (problem.from_teacher, problem.from_student, problem.target)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if sum(t.nbytes for t in tensors) > FREE_SHARE * free:
+            return Problem(*map(_channels_last, tensors))
+    return Problem(*(_channels_last(t.to(device)) for t in tensors))
 
-    return Problem(
-        convert(problem.from_teacher), convert(problem.from_student), convert(problem.target)
-    )
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

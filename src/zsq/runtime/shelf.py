@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room for tensors that hold something for every image: in memory, or in files beyond a budget."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zsq.errors import RunError, UsageError
+
+#: Tensors of a boundary's size that are alive at once: inputs of teacher and student, the target,
+#: and the student's next inputs.
+ALIVE = 4
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int:
+    """Read an amount of memory in bytes.
+
+    Args:
+        text: a number with ``KB``, ``MB``, ``GB`` (powers of 1,000), ``KiB``, ``MiB``, ``GiB`` or none.
+
+    Raises:
+        UsageError: not an amount, or not positive.
+
+    Example:
+        >>> parse_memory("1.5GB"), parse_memory("2 GiB")
+        (1500000000, 2147483648)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    amount = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if amount <= 0:
+        raise UsageError(f"--memory {text!r} is not an amount of memory; write for example 8GB.")
+    return amount
+
+
+def half_of_memory() -> int:
+    """Return half of this machine's memory in bytes: what caches may take unless told otherwise."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Gives room for tensors over all images of a set.
+
+    Attributes:
+        budget: bytes that all of them together may take in memory.
+        folder: where files lie that hold the others; the system's temporary folder if None.
+        pinned: put them where a GPU can fetch them while it computes.
+    """
+
+    budget: int = field(default_factory=half_of_memory)
+    folder: Path | None = None
+    pinned: bool = False
+
+    def in_files(self, shape: Sequence[int]) -> bool:
+        """Return whether a float32 tensor of this shape goes into a file."""
+        return ALIVE * 4 * math.prod(shape) > self.budget
+
+    def room(self, shape: Sequence[int]) -> Tensor:
+        """Return an uninitialised float32 tensor on the CPU, images and maps with channels last.
+
+        A tensor in a file behaves like any other; the system reads and writes its pages as needed.
+        The file has no name any more, so that nothing is left behind, whatever happens.
+
+        Raises:
+            RunError: the disk is too full.
+        """
+        order = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
+        if self.in_files(shape):
+            flat = self._file(math.prod(shape))
+        else:
+            flat = torch.empty(math.prod(shape), pin_memory=self.pinned)
+        tensor = flat.view(order)
+        return tensor.permute(0, 3, 1, 2) if len(shape) == 4 else tensor
+
+    def _file(self, count: int) -> Tensor:
+        folder = self.folder or Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".zsq-", suffix=".cache", dir=folder)
+        try:
+            os.posix_fallocate(handle, 0, 4 * count)  # a full disk is found here, not in mid-run
+            return torch.from_file(name, shared=True, size=count, dtype=torch.float32)
+        except OSError as error:
+            raise RunError(
+                f"{4 * count / 1e9:.1f} GB of block inputs do not fit the disk of {folder} "
+                f"({error.strerror}). Free some space, allow more --memory, or take fewer images with "
+                "--set synthesis.images=N; then run the same command with --resume."
+            ) from error
+        finally:
+            os.close(handle)
+            Path(name).unlink(missing_ok=True)
+
+
+def describe(shelf: Shelf, shapes: Sequence[Sequence[int]]) -> str:
+    """Say how much the boundaries of a network's pieces take, before they are computed.
+
+    Args:
+        shelf: will hold them.
+        shapes: of each boundary, images first, in order.
+
+    Returns:
+        One sentence.
+
+    Example:
+        >>> describe(Shelf(10**6), [(64, 3, 8, 8), (64, 16, 32, 32)])
+        'block inputs take up to 8 MB (--memory 1 MB); 1 of 2 boundaries lie in files'
+    """
+    sizes = [4 * math.prod(shape) for shape in shapes]
+    most = max((max(2 * i + o, i + 2 * o) for i, o in pairwise(sizes)), default=ALIVE * sum(sizes))
+    filed = sum(shelf.in_files(shape) for shape in shapes)
+    where = f"{filed} of {len(shapes)} boundaries lie in files" if filed else "all in memory"
+    return f"block inputs take up to {_size(most)} (--memory {_size(shelf.budget)}); {where}"
+
+
+def _size(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"
