@@ -41,3 +41,4 @@ def check_agreement(identity: dict[str, object], group: Group) -> None:
             f"process {group.rank} would not do what process 0 does: {'; '.join(different[:3])}. Give all "
             "machines the same command, model, recipe and versions."
         )
+    group.barrier()  # before process 0 begins a folder for nothing
