@@ -51,35 +51,39 @@ def joined(device: str, tell: Callable[[ZsqError], None]) -> Iterator[Group]:
         return
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     local = int(os.environ["LOCAL_RANK"])
-    with _told_once(store, tell):
+    with _told_once(store, rank, tell):
         group = Group(rank, size, _own_device(device, local), local)
     # told before the group is left: that is what the others notice, and they shall not speak first
-    with _process_group(group, store), _told_once(store, tell), _stopped_by_an_error():
+    with _process_group(group, store), _told_once(store, rank, tell), _stopped_by_an_error():
         yield group
         group.barrier()  # process 0 is still writing: leave together
 
 
 @contextmanager
-def _told_once(store: Store, tell: Callable[[ZsqError], None]) -> Iterator[None]:
+def _told_once(store: Store, rank: int, tell: Callable[[ZsqError], None]) -> Iterator[None]:
     """Let the first process that meets an error in the block tell it, and the others end silently."""
     try:
         yield
     except KeyboardInterrupt:
-        if not _is_first(store):
+        if _first_error(store, rank, INTERRUPTED)[0] != rank:
             raise ToldError(INTERRUPTED) from None
         raise
     except ZsqError as error:
-        if _is_first(store):
+        first, exit_code = _first_error(store, rank, error.exit_code)
+        if first == rank:
             tell(error)
-        raise ToldError(error.exit_code) from error
+        raise ToldError(exit_code) from error
 
 
-def _is_first(store: Store) -> bool:
-    """Whether no other process has met an error yet; asking again returns False."""
-    try:
-        return int(store.add("zsq/errors", 1)) == 1
+def _first_error(store: Store, rank: int, exit_code: int) -> tuple[int, int]:
+    """Note an error; return the rank of the process that was the first to meet one, and its exit code."""
+    mine = f"{rank} {exit_code}"
+    try:  # set where nothing is set yet, in one go
+        known = store.compare_set("zsq/error", "", mine).decode()
     except RuntimeError:  # whoever kept the store is gone: better told twice than never
-        return True
+        known = mine
+    first, code = known.split()
+    return int(first), int(code)
 
 
 def _own_device(device: str, local_rank: int) -> str:
