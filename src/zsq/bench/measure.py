@@ -92,6 +92,10 @@ class _Figures:
     times: Times
 
 
+#: Speed of a matrix product on this device, FLOP/s by precision.
+Peaks = dict[torch.dtype, float]
+
+
 def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     """Measure one loop.
 
@@ -102,7 +106,7 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     Returns:
         Plain data. Times are medians over turns, in seconds; those of reconstruction are sums over
         blocks, a step of each. FLOPs are those of the bare passes (`zsq.bench.flops`), and the
-        share is of the matrix product's speed on this device in the loop's precision.
+        share is of the matrix product's speed on this device in each part's precision.
 
     Raises:
         UsageError: nothing can be measured like this.
@@ -117,22 +121,22 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     memory = PeakMemory(policy.device)
     with seeded(0, "bench", request.loop):
         found = [_figures(part, request, memory) for part in LOOPS[request.loop](job)]
-    dtype = found[0].dtype
-    peak = matmul_peak(policy.device, dtype)
+    peaks = {dtype: matmul_peak(policy.device, dtype) for dtype in {f.dtype for f in found}}
+    heaviest = max(found, key=lambda f: f.flops)
     result = {
         "model": request.model, "loop": request.loop, "input_shape": list(teacher.info.input_shape),
         "parameters": sum(p.numel() for p in teacher.network.parameters()),
         "batch": found[0].batch, "images": request.images,
-        "precision": str(dtype).removeprefix("torch."), "compiled": found[0].compiled,
+        "precision": str(heaviest.dtype).removeprefix("torch."), "compiled": heaviest.compiled,
         "steps": request.steps, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    result |= _rates([f.times.median() for f in found], found, peak)
-    peaks = [f.times.peak_bytes for f in found if f.times.peak_bytes is not None]
-    result |= {"peak_memory_bytes": max(peaks, default=None), "memory_kind": memory.kind}
-    result["matmul_peak"] = peak
-    result |= _rivals(found, peak)
+    result |= _rates([f.times.median() for f in found], found, peaks)
+    memories = [f.times.peak_bytes for f in found if f.times.peak_bytes is not None]
+    result |= {"peak_memory_bytes": max(memories, default=None), "memory_kind": memory.kind}
+    result["matmul_peak"] = peaks[heaviest.dtype]
+    result |= _rivals(found, peaks)
     if len(found) > 1:
-        result["parts"] = [_part_row(f, peak) for f in found]
+        result["parts"] = [_part_row(f, peaks) for f in found]
     return result
 
 
@@ -147,26 +151,27 @@ def _figures(part: Part, request: Request, memory: PeakMemory) -> _Figures:
     )
 
 
-def _rates(seconds: list[float], found: list[_Figures], peak: float) -> dict[str, Any]:
+def _rates(seconds: list[float], found: list[_Figures], peaks: Peaks) -> dict[str, Any]:
     """Return what follows from the time of a step of every part."""
     total, flops = sum(seconds), sum(f.flops for f in found)
     images = sum(f.batch for f in found)
     schedule = sum(s * f.schedule for s, f in zip(seconds, found, strict=True))
+    least = sum(f.flops / peaks[f.dtype] for f in found)  # at the peak of each part's precision
     return {
         "seconds": total, "steps_per_second": len(found) / total, "images_per_second": images / total,
-        "flops": flops, "flops_per_second": flops / total, "share_of_peak": flops / total / peak,
+        "flops": flops, "flops_per_second": flops / total, "share_of_peak": least / total,
         "schedule_seconds": schedule,
     }  # fmt: skip
 
 
-def _rivals(found: list[_Figures], peak: float) -> dict[str, Any]:
+def _rivals(found: list[_Figures], peaks: Peaks) -> dict[str, Any]:
     """Return the figures of the bare passes and of the plain loop, and the quotients."""
     total, result = sum(f.times.median() for f in found), dict[str, Any]()
     for name, quotient in (("bare", "ratio_to_bare"), ("plain", "speedup_over_plain")):
         if name not in found[0].times.rivals:
             continue
         seconds = [f.times.median(name) for f in found]
-        rates = _rates(seconds, found, peak)
+        rates = _rates(seconds, found, peaks)
         kept = ["seconds", "steps_per_second", "images_per_second"]
         if name == "bare":  # the plain loop's passes are not those that were counted
             kept += ["flops_per_second", "share_of_peak"]
@@ -176,7 +181,7 @@ def _rivals(found: list[_Figures], peak: float) -> dict[str, Any]:
     return result
 
 
-def _part_row(figures: _Figures, peak: float) -> dict[str, Any]:
-    rates = _rates([figures.times.median()], [figures], peak)
+def _part_row(figures: _Figures, peaks: Peaks) -> dict[str, Any]:
+    rates = _rates([figures.times.median()], [figures], peaks)
     kept = {key: rates[key] for key in ("seconds", "flops", "share_of_peak")}
-    return {"name": figures.name, **kept, **_rivals([figures], peak)}
+    return {"name": figures.name, **kept, **_rivals([figures], peaks)}
