@@ -31,20 +31,31 @@ def mean_std(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         >>> mean.item(), round(std.item(), 4)
         (2.0, 1.4142)
     """
-    count = x.numel() // x.shape[1]
-    mean, variance = centered_moments(x, center)
-    unbiased = variance.clamp(min=SMALLEST_VARIANCE) * (count / max(count - 1, 1))
-    return mean, torch.sqrt(unbiased)
+    return _mean_std(*centered_sums(x, center), x.numel() // x.shape[1], center)
+
+
+def _mean_std(first: Tensor, second: Tensor, count: int, center: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = first / count, second / count
+    variance = (second - first * first).clamp(min=SMALLEST_VARIANCE)
+    unbiased = variance * (count / (count - 1) if count > 1 else 1)
+    return first + center, torch.sqrt(unbiased)
 
 
 def centered_moments(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     """Return per-channel mean and biased variance, as `mean_std` computes them."""
     count = x.numel() // x.shape[1]
+    first, second = (total / count for total in centered_sums(x, center))
+    return first + center, second - first * first
+
+
+def centered_sums(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Return per-channel sums of ``x - center`` and of its square, each (C,) float32.
+
+    Sums of parts of a batch add up to the batch's.
+    """
     centered = x.float() - center.reshape(1, -1, *[1] * (x.ndim - 2))
     flat = centered.flatten(2) if x.ndim > 2 else centered.unsqueeze(-1)
-    first = flat.sum(2).sum(0) / count
-    second = (flat * flat).sum(2).sum(0) / count
-    return first + center, second - first * first
+    return flat.sum(2).sum(0), (flat * flat).sum(2).sum(0)
 
 
 def batch_norm_loss(
@@ -63,9 +74,30 @@ def batch_norm_loss(
     Returns:
         A scalar.
     """
-    total = torch.zeros((), device=inputs[0].device)
-    for x, mean, std in zip(inputs, means, stds, strict=True):
-        batch_mean, batch_std = mean_std(x, mean)
+    found = [mean_std(x, mean) for x, mean in zip(inputs, means, strict=True)]
+    return _distance(found, means, stds)
+
+
+def batch_norm_loss_of_sums(
+    sums: Sequence[Tensor], counts: Sequence[int], means: Sequence[Tensor], stds: Sequence[Tensor]
+) -> Tensor:
+    """Return `batch_norm_loss` from the sums of `centered_sums` about the stored means.
+
+    Args:
+        sums: per layer (2, C_l).
+        counts: per layer, elements summed per channel.
+        means: stored means, each (C_l,).
+        stds: stored standard deviations, each (C_l,).
+    """
+    found = [_mean_std(s[0], s[1], n, m) for s, n, m in zip(sums, counts, means, strict=True)]
+    return _distance(found, means, stds)
+
+
+def _distance(
+    found: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], stds: Sequence[Tensor]
+) -> Tensor:
+    total = torch.zeros((), device=means[0].device)
+    for (batch_mean, batch_std), mean, std in zip(found, means, stds, strict=True):
         total = total + ((batch_mean - mean) ** 2 + (batch_std - std) ** 2).mean()
     return total
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import RunError, UsageError
+from zsq.runtime.policy import Policy
 
 #: Tensors of a boundary's size that are alive at once: inputs of teacher and student, the target,
 #: and the student's next inputs.
@@ -46,6 +47,13 @@ def parse_memory(text: str) -> int:
 def half_of_memory() -> int:
     """Return half of this machine's memory in bytes: what caches may take unless told otherwise."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def room_for_work(policy: Policy) -> int:
+    """Return the bytes that one step may keep: most of a GPU's free memory, or ``policy.memory``."""
+    if policy.device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(policy.device)[0])
+    return half_of_memory() if policy.memory is None else policy.memory
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ The published command line swaps its two learning rates where it uses them; `lat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,23 @@ from torch import Tensor, nn
 from zsq.config import GenieSynthesis
 from zsq.errors import RunError
 from zsq.functional.shift import random_offsets
-from zsq.functional.statistics import batch_norm_loss, image_loss
+from zsq.functional.statistics import (
+    batch_norm_loss,
+    batch_norm_loss_of_sums,
+    centered_sums,
+    image_loss,
+)
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
+from zsq.runtime.shelf import room_for_work
 from zsq.runtime.tasks import Task
 from zsq.synthesis.batches import batch_sizes
 from zsq.synthesis.dealing import dealt
 from zsq.synthesis.generator import Generator
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.plateau import Plateau
+from zsq.synthesis.slicing import AT_WORK, kept_bytes, slice_size, sliced_loss
 from zsq.teacher.taps import strided_nodes, tap_batch_norms
 from zsq.teacher.teacher import Teacher
 
@@ -50,9 +59,24 @@ class _Objective:
 
     def __call__(self, z: Tensor, offsets: Tensor | None) -> Tensor:
         images = self.images(z)
-        with self.context.policy.autocast():
-            inputs = self.tapped(images) if offsets is None else self.tapped(images, offsets)
+        inputs = self.inputs(images, offsets)
         return batch_norm_loss(inputs, self.means, self.stds) + image_loss(images)
+
+    def inputs(self, images: Tensor, offsets: Tensor | None) -> list[Tensor]:
+        """Return what the teacher's batch norms are given."""
+        with self.context.policy.autocast():
+            return self.tapped(images) if offsets is None else self.tapped(images, offsets)  # type: ignore[no-any-return]
+
+    def sums(self, images: Tensor, offsets: Tensor | None) -> list[Tensor]:
+        """Return, per batch norm, what batch statistics are made of, (2, C): sums add up over parts."""
+        inputs = self.inputs(images, offsets)
+        return [
+            torch.stack(centered_sums(x, mean)) for x, mean in zip(inputs, self.means, strict=True)
+        ]
+
+    def of_sums(self, sums: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """Return the distance of a batch's statistics from the stored ones."""
+        return batch_norm_loss_of_sums(sums, counts, self.means, self.stds)
 
     def images(self, z: Tensor) -> Tensor:
         with self.context.policy.autocast():
@@ -94,7 +118,7 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     objective = _objective(teacher, settings, shifts, context)
     sizes = batch_sizes(settings.images, settings.batch)
     worth = context.policy.worth_compiling(settings.steps * len(sizes))
-    loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
+    loss_function = _loss_function(objective, max(sizes), shifts, settings.latent, worth)
 
     def make(index: int) -> dict[str, Tensor]:
         title = f"synthesis, batch {index + 1} of {len(sizes)}"
@@ -114,8 +138,60 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     return ImageSet(images, predict(teacher, images, context), provenance)
 
 
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+"""latents and offsets -> loss"""
+
+
+def _loss_function(
+    objective: _Objective, batch: int, shifts: int, latent: int, compile: bool
+) -> Loss:
+    """Return the loss, compiled; with the teacher in slices where a batch does not fit the memory."""
+    policy, note = objective.context.policy, objective.context.reporter.note
+    device = policy.device
+    z, offsets = torch.zeros(4, latent, device=device), None
+    if shifts:
+        offsets = torch.ones(shifts, 2, dtype=torch.long, device=device)
+    size = slice_size(batch, *_memory_needed(objective, z, offsets, batch), room_for_work(policy))
+    if size >= batch:
+        return Compiled(objective, enabled=compile, note=note)
+    note(
+        f"synthesis: batches of {batch} images go through the teacher {size} at a time, to fit the "
+        "memory (--memory); same statistics, somewhat slower steps"
+    )
+    sums = Compiled(objective.sums, enabled=compile, note=note)
+    with torch.no_grad():
+        places = [x[0, 0].numel() for x in objective.inputs(objective.images(z[:2]), offsets)]
+
+    def loss(z: Tensor, offsets: Tensor | None) -> Tensor:
+        images = objective.images(z)
+        counts = [len(z) * count for count in places]
+        weigh = partial(objective.of_sums, counts=counts)
+        return sliced_loss(images, offsets, sums, weigh, size) + image_loss(images)
+
+    return loss
+
+
+def _memory_needed(
+    objective: _Objective, z: Tensor, offsets: Tensor | None, batch: int
+) -> tuple[int, int]:
+    """Return the bytes that a batch's images need, and those of one image in the teacher."""
+
+    def made(count: int) -> int:
+        return kept_bytes(lambda: objective.images(z[:count].requires_grad_()))
+
+    def seen(count: int) -> int:
+        images = objective.images(z[:count]).detach().requires_grad_()
+        return kept_bytes(lambda: objective.sums(images, offsets))
+
+    generator = (made(4) - made(2)) // 2
+    weights = 4 * sum(
+        p.nbytes for p in objective.generator.parameters()
+    )  # gradients, Adam's moments
+    return weights + int(AT_WORK * batch * generator), (seen(4) - seen(2)) // 2
+
+
 def _one_batch(
-    objective: _Objective, loss_function: Compiled, settings: GenieSynthesis, size: int, shifts: int,
+    objective: _Objective, loss_function: Loss, settings: GenieSynthesis, size: int, shifts: int,
     index: int, task: Task,
 ) -> dict[str, Tensor]:  # fmt: skip
     context, device = objective.context, objective.context.policy.device
@@ -138,7 +214,7 @@ def _one_batch(
         loss = loss_function(z, offsets)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.step()
         plateau.step(loss.detach())
