@@ -95,8 +95,8 @@ def quantize(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of synthesis: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile` for loops long enough to repay it.
-        memory: most that block inputs may take on the host, in bytes or like ``"8GB"``; what is more
-            lies in files meanwhile. None is half of the machine's.
+        memory: most that block inputs, and a step of GENIE's synthesis, may take on the host, in bytes or
+            like ``"8GB"``; None is half of the machine's. Results do not depend on it.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
         resume: go on with an interrupted run in ``out``.
         report: diagnose the layers and write ``report.html`` into ``out`` at the end.
