@@ -63,7 +63,8 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 Precision = Annotated[PrecisionChoice, typer.Option("--precision")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=(
-    "Most memory that block inputs, and a step of GENIE's synthesis, may take, e.g. 8GB [half of this machine's]."))]  # fmt: skip
+    "Most memory that block inputs, and a step of GENIE's synthesis, may take, e.g. 8GB [half of all]."
+))]  # fmt: skip
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 
 
