@@ -4,12 +4,10 @@ import torch
 from helpers.networks import Inverted, Net, Residual, conv, randomise, smooth_images
 from helpers.students import SHAPE, recipe, same_weights, teacher_of
 
-from zsq.config import Override, load_recipe
+from zsq.config import Override
 from zsq.errors import UsageError
-from zsq.functional.affine import search_weight_grid
-from zsq.quantizers.minmax import MinMaxWeight
 from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight
-from zsq.student import attach, calibrate_student, clipped, prepared_network
+from zsq.student import attach, calibrate_student, prepared_network
 from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import load_teacher
 
@@ -201,29 +199,3 @@ def test_dead_channels_and_constant_tensors_do_no_harm():
     x = smooth_images(4)
     assert bool(torch.isfinite(student(x)).all())
     assert torch.allclose(student(x), own(x), atol=0.05 * float(own(x).abs().max()))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_clipped_weights_span_nearly_the_grid_of_least_error(bits):
-    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
-    weight[0] = weight[0].abs()  # a channel of one sign
-    best = search_weight_grid(weight, bits, power=2.0)
-    quantizer = MinMaxWeight(clipped(weight, bits, 2.0), bits)
-    inside = best.error[1:]  # mean squared error of the search
-    ours = (quantizer()[1:] - weight[1:]).square().flatten(1).mean(1)
-    torch.testing.assert_close(ours, inside, rtol=0.1, atol=1e-7)  # zero points are whole numbers
-    plain = (MinMaxWeight(weight, bits)() - weight).square().flatten(1).mean(1)
-    assert bool(((quantizer() - weight).square().flatten(1).mean(1) <= plain + 1e-7).all())
-
-
-def test_a_recipe_can_start_from_clipped_weights():
-    teacher = load_teacher(Residual(), input_shape=(3, 8, 8))
-    masters = {}
-    for rule in ("minmax", "error"):
-        recipe = load_recipe("gdfq", bits="w3a3", settings=[f"tuning.weights={rule}"])
-        layers = attach(teacher, recipe).layers()
-        masters[rule] = {path: layer.weight.master for path, layer in layers.items()}
-    for path, weight in masters["error"].items():
-        original = masters["minmax"][path]
-        assert bool((weight.abs() <= original.abs() + 1e-6).all())
-    assert any(not torch.equal(masters["error"][p], masters["minmax"][p]) for p in masters["error"])

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from zsq.config import Finetuning, RangeCalibration, Recipe, Reconstruction
 from zsq.errors import UsageError
-from zsq.functional.affine import per_channel, quant_max, search_weight_grid
+from zsq.functional.affine import search_weight_grid
 from zsq.functional.ranges import RangeRule
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantize_layers
@@ -116,26 +116,13 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
 def weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
     """Return what a weight goes through while it is tuned as the recipe says."""
     if isinstance(tuning, Finetuning):
-        start = clipped(weight, bits, tuning.power) if tuning.weights == "error" else weight
-        return MinMaxWeight(start, bits)
+        return MinMaxWeight(weight, bits)
     if isinstance(tuning, RangeCalibration) and tuning.weights == "minmax":
         return MinMaxWeight(weight, bits).freeze()
     grid = search_weight_grid(weight, bits, power=tuning.power)
     if isinstance(tuning, RangeCalibration) or tuning.steps == 0:
         return round_to_nearest(weight, bits, grid)
     return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
-
-
-def clipped(weight: Tensor, bits: int, power: float) -> Tensor:
-    """Return a weight clipped, per output channel, to the range of the least rounding error.
-
-    Its minimum and maximum then span the grid that `search_weight_grid` finds, but for the rounding of
-    zero points.
-    """
-    grid = search_weight_grid(weight, bits, power=power)
-    low = per_channel(-grid.zero_point * grid.scale, weight)
-    high = per_channel((quant_max(bits) - grid.zero_point) * grid.scale, weight)
-    return torch.clamp(weight.detach(), low, high)
 
 
 def rounded_weight(weight: Tensor, bits: int, tuning: Tuning) -> Tensor:

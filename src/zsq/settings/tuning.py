@@ -133,9 +133,6 @@ class Finetuning(Calibration):
     ranges: Literal["minmax", "percentile", "error"] = "minmax"
     """What is frozen: the tracked minimum and maximum, as published; or, of the last warm-up batch,
     the range without its outermost values, or that of the least rounding error (exponent ``power``)."""
-    weights: Literal["minmax", "error"] = "minmax"
-    """What each output channel's grid spans at first: the weights' minimum and maximum, as published, or
-    the range of the least rounding error (exponent ``power``), which they are clipped to before learning."""
     crop: Crop | None = None
     """Augmentation of given images."""
     lr: float = Field(default=1e-4, gt=0)
