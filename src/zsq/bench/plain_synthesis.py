@@ -7,8 +7,10 @@ optimisers and schedulers off the shelf, the loss read in every step because the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -42,17 +44,25 @@ def plain_genie(teacher: Teacher, settings: GenieSynthesis, device: torch.device
         for x, (mean, std) in zip(inputs, stored, strict=True):
             loss = loss + functional.mse_loss(x.mean((0, 2, 3)), mean)
             loss = loss + functional.mse_loss(x.var((0, 2, 3)).add(1e-10).sqrt(), std)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-        value = loss.item()
-        plateau.step(value)
-        tapped.zero_grad()
-        return value
+        return _descend(loss, optimizers, plateau, tapped)
 
     return step
+
+
+def _descend(
+    loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], plateau: ReduceLROnPlateau,
+    teacher: nn.Module,
+) -> float:  # fmt: skip
+    """Make an optimiser's step as published: the teacher's gradients, too, and the loss read back."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for optimizer in optimizers:
+        optimizer.step()
+    value = loss.item()
+    plateau.step(value)
+    teacher.zero_grad()
+    return value
 
 
 def _image_statistics(images: Tensor) -> Tensor:
@@ -81,12 +91,6 @@ def plain_pixels(teacher: Teacher, settings: PixelSynthesis, device: torch.devic
         difficulty = (1 - torch.exp(-entropy)).clamp(min=1e-6) ** settings.difficulty
         loss = weights.batch_statistics * distance / len(stored)
         loss = loss + weights.cross_entropy * (difficulty * entropy).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        value = loss.item()
-        plateau.step(value)
-        tapped.zero_grad()
-        return value
+        return _descend(loss, [optimizer], plateau, tapped)
 
     return step

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a student learns from: divergence from the teacher, agreement with labels."""
+"""What a student learns from: divergence from the teacher, agreement with labels, a block's error."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 
 def kl_divergence(
@@ -41,3 +42,23 @@ def kl_divergence(
     total = (wanted.exp() * (wanted - given)).sum()
     count = student.numel() if mean == "element" else len(student)
     return total * (temperature**2 / count)
+
+
+def reconstruction_error(outputs: Tensor, target: Tensor, power: float) -> Tensor:
+    """Sum ``|outputs - target|**power`` over channels, average over everything else.
+
+    Args:
+        outputs: (N, C, ...) float32.
+        target: likewise.
+        power: positive.
+
+    Example:
+        >>> import torch
+        >>> float(reconstruction_error(torch.ones(4, 3, 2, 2), torch.zeros(4, 3, 2, 2), 2.0))
+        3.0
+    """
+    if power == 2:
+        total = functional.mse_loss(outputs, target, reduction="sum")
+    else:
+        total = (outputs - target).abs().pow(power).sum()
+    return total * (target.shape[1] / target.numel())

@@ -49,11 +49,16 @@ def half_of_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def host_budget(policy: Policy) -> int:
+    """Return the bytes of the host's memory that a run's caches may take."""
+    return half_of_memory() if policy.memory is None else policy.memory
+
+
 def room_for_work(policy: Policy) -> int:
-    """Return the bytes that one step may keep: most of a GPU's free memory, or ``policy.memory``."""
+    """Return the bytes that one step may keep: most of a GPU's free memory, or the host's budget."""
     if policy.device.type == "cuda":
         return int(0.9 * torch.cuda.mem_get_info(policy.device)[0])
-    return half_of_memory() if policy.memory is None else policy.memory
+    return host_budget(policy)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
+from zsq.functional.losses import reconstruction_error
 from zsq.functional.rounding import rounding_regularizer
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.weight import SoftRoundWeight
@@ -31,25 +32,6 @@ REPAID = 2_000_000_000
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """inputs, target, beta and the regulariser's weight -> total loss and reconstruction error."""
-
-
-def reconstruction_error(outputs: Tensor, target: Tensor, power: float) -> Tensor:
-    """Sum ``|outputs - target|**power`` over channels, average over everything else.
-
-    Args:
-        outputs: (N, C, ...) float32.
-        target: likewise.
-        power: positive.
-
-    Example:
-        >>> float(reconstruction_error(torch.ones(4, 3, 2, 2), torch.zeros(4, 3, 2, 2), 2.0))
-        3.0
-    """
-    if power == 2:
-        total = torch.nn.functional.mse_loss(outputs, target, reduction="sum")
-    else:
-        total = (outputs - target).abs().pow(power).sum()
-    return total * (target.shape[1] / target.numel())
 
 
 @dataclass
@@ -86,13 +68,13 @@ class PieceCompiler:
             power: of the reconstruction error.
             policy: precision of the piece's passes.
         """
-        seen = _quantizer_inputs(piece.student, sample)
+        seen, chosen = _quantizer_inputs(piece.student, sample), set(quantizers)
         dropping = {
             path: tensor for path, tensor in seen.items()
-            if piece.student.get_submodule(path) in set(quantizers)
+            if piece.student.get_submodule(path) in chosen
         }  # fmt: skip
         for path, tensor in dropping.items():
-            _quantizer(piece.student, path).draw_mask(tensor)
+            _quantizer(piece.student, path).draw_mask(tensor)  # the template's copy needs one too
         key = f"{structure(piece.student)} {tuple(sample.shape)} {len(dropping)} {power} {policy}"
         if key not in self.templates:
             self.templates[key] = _Template(piece, power, policy, self.note)

@@ -23,7 +23,7 @@ from zsq.errors import RunError
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
-from zsq.runtime.shelf import Shelf, describe, half_of_memory
+from zsq.runtime.shelf import Shelf, describe, host_budget
 from zsq.student import Student, calibrate_student, prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.pieces import cut_piece, nodes_up_to
@@ -88,8 +88,9 @@ class _Tools:
 
 def _shelf(context: Context) -> Shelf:
     policy = context.policy
-    budget = half_of_memory() if policy.memory is None else policy.memory
-    return Shelf(budget, context.checkpoints.folder, pinned=policy.device.type == "cuda")
+    return Shelf(
+        host_budget(policy), context.checkpoints.folder, pinned=policy.device.type == "cuda"
+    )
 
 
 def _passes(settings: Reconstruction) -> list[_Pass]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zsq.config import Reconstruction
+from zsq.functional.losses import reconstruction_error
 from zsq.functional.masks import RandomMasks
 from zsq.functional.rounding import beta_at, rounding_regularizer
 from zsq.functional.schedules import cosine
@@ -17,7 +18,7 @@ from zsq.quantizers.attach import calibrate
 from zsq.quantizers.weight import SoftRoundWeight
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Policy
-from zsq.tuning.compiling import Loss, PieceCompiler, reconstruction_error
+from zsq.tuning.compiling import Loss, PieceCompiler
 from zsq.tuning.pieces import Piece, layer_modules, quantizer_modules
 
 #: Images per pass when boundaries are computed.
