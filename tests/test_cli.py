@@ -68,6 +68,13 @@ def test_evaluate_compares_teacher_student_and_file(made, monkeypatch, capsys):
         assert 0 <= result[name]["top1"] <= result[name]["top5"] <= 100
         assert result[name]["stderr"] >= 0
     assert 0 <= result["agreement"] <= 100
+    assert result["onnx"]["agreement"] == 100
+    plain = zsq_json(
+        monkeypatch, capsys, "evaluate", folder / "run", "--data", images, "--simulated", 0
+    )
+    assert "simulation" not in plain
+    assert "agreement" not in plain["onnx"]
+    assert plain["onnx"]["drop"] == result["onnx"]["drop"]
     code, out, _ = zsq(monkeypatch, capsys, "evaluate", folder / "run", "--data", images, "--quiet")
     assert code == 0
     assert "top-1" in out

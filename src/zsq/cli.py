@@ -173,6 +173,10 @@ def evaluate(
     weights: Weights = None,
     allow_pickle: AllowPickle = False,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 200,
+    simulated: Annotated[
+        int,
+        typer.Option("--simulated", min=0, help="Images on which file and exact simulation meet."),
+    ] = 1000,
     device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -184,7 +188,7 @@ def evaluate(
     result = judge.evaluate(
         subject, data, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle, batch=batch,
-        device=device, reporter=reporter_for(quiet or as_json),
+        simulated=simulated, device=device, reporter=reporter_for(quiet or as_json),
     )  # fmt: skip
     show(result, as_json, lambda: evaluation_table(result))
 

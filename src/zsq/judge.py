@@ -22,6 +22,9 @@ from zsq.teacher.teacher import ModelInfo, load_teacher
 
 Network = Callable[[Tensor], Tensor]
 
+#: Images on which a file is compared with its exact simulation, which takes as long as the rest.
+SIMULATED = 1000
+
 
 def evaluate(
     subject: str | Path,
@@ -32,6 +35,7 @@ def evaluate(
     std: tuple[float, ...] | None = None,
     resize: int | None = None,
     batch: int = 200,
+    simulated: int = SIMULATED,
     device: str = "cpu",
     weights: str | None = None,
     allow_pickle: bool = False,
@@ -48,6 +52,8 @@ def evaluate(
         std: normalisation standard deviation, likewise.
         resize: resize the short side to this before the centre crop.
         batch: images per pass.
+        simulated: images on which a run's ONNX file is compared with the exact integer simulation,
+            which costs as much as everything else; 0 for none.
         device: for networks that run in torch.
         weights: checkpoint for a MODEL string.
         allow_pickle: read checkpoints that run code when read.
@@ -63,7 +69,7 @@ def evaluate(
     given = {"input_shape": input_shape, "mean": mean, "std": std}
     path = Path(subject)
     if path.is_dir():
-        networks, info = _of_run(path, device)
+        networks, info = _of_run(path, device, simulated > 0)
     elif path.suffix == ".onnx":
         networks, info = _of_file(path, given)
     else:
@@ -82,7 +88,10 @@ def evaluate(
     )  # fmt: skip
     reporter = reporter or QuietReporter()
     with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
-        evaluation = evaluate_networks(networks, folder.batches(batch), progress=_advancer(task))
+        evaluation = evaluate_networks(
+            networks, folder.batches(batch), first={"simulation": simulated},
+            progress=_advancer(task),
+        )  # fmt: skip
     result = _result(evaluation, subject, data)
     if path.is_dir():
         run = RunFolder.open(path)
@@ -104,11 +113,12 @@ def _advancer(task: Any) -> Callable[[int], None]:
 
 
 def _on_device(network: torch.nn.Module, device: str) -> Network:
-    placed = network.to(device).eval()
-    return lambda x: placed(x.to(device)).cpu()
+    layout = torch.channels_last  # a tenth to a third faster on CPUs
+    placed = network.to(device).to(memory_format=layout).eval()  # type: ignore[call-overload]
+    return lambda x: placed(x.to(device).contiguous(memory_format=layout)).cpu()
 
 
-def _of_run(path: Path, device: str) -> tuple[dict[str, Network], ModelInfo]:
+def _of_run(path: Path, device: str, simulate: bool) -> tuple[dict[str, Network], ModelInfo]:
     folder = RunFolder.open(path)
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     student = load_student(folder.require("student.safetensors"))
@@ -116,9 +126,11 @@ def _of_run(path: Path, device: str) -> tuple[dict[str, Network], ModelInfo]:
         "teacher": _on_device(teacher.network, device),
         "student": _on_device(student, device),
     }
-    if folder.file("model.onnx").exists() and folder.file("integer.safetensors").exists():
-        networks["onnx"] = open_onnx(folder.file("model.onnx"))
-        networks["simulation"] = IntegerSimulation(load_student(folder.file("integer.safetensors")))
+    file, integers = folder.file("model.onnx"), folder.file("integer.safetensors")
+    if file.exists() and integers.exists():
+        networks["onnx"] = open_onnx(file)
+        if simulate:
+            networks["simulation"] = IntegerSimulation(load_student(integers))
     return networks, teacher.info
 
 
@@ -181,5 +193,6 @@ def _result(evaluation: Evaluation, subject: str | Path, data: str | Path) -> di
         result["drop"] = evaluation.difference("teacher", "student").to_dict()
     if {"onnx", "simulation"} <= names:
         result["onnx"]["agreement"] = evaluation.agreement("onnx", "simulation")
+    if {"student", "onnx"} <= names:
         result["onnx"]["drop"] = evaluation.difference("student", "onnx").to_dict()
     return result

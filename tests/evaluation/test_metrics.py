@@ -108,6 +108,27 @@ def test_networks_are_scored_on_the_same_images():
         evaluation.agreement("teacher", "onnx")
 
 
+@pytest.mark.parametrize(("asked", "seen"), [(1, 64), (64, 64), (100, 128), (9999, 500)])
+def test_a_slow_network_looks_at_the_first_images_only(asked, seen):
+    tables = {"file": random_logits(0), "simulation": random_logits(0) + 0.3 * random_logits(1)}
+    labels = random_labels()
+    evaluation = evaluate_networks(
+        {name: table.__getitem__ for name, table in tables.items()},
+        batches_of(tables, labels, 64),
+        first={"simulation": asked},
+    )
+    assert evaluation.scores["file"].images == 500
+    assert evaluation.scores["simulation"].images == seen
+    right = tables["simulation"][:seen].argmax(1) == labels[:seen]
+    assert evaluation.scores["simulation"].top1 == pytest.approx(100 * float(right.float().mean()))
+    both = [table[:seen] for table in tables.values()]
+    assert evaluation.agreement("file", "simulation") == pytest.approx(agreement(*both))
+    gap = (both[0].argmax(1) == labels[:seen]).sum() - right.sum()
+    assert evaluation.difference("file", "simulation").points == pytest.approx(
+        100 * int(gap) / seen
+    )
+
+
 def test_paired_difference_is_that_of_the_per_image_differences():
     labels = random_labels()
     tables = {"a": random_logits(0), "b": random_logits(1)}

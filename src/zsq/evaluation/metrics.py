@@ -60,7 +60,8 @@ class Evaluation:
 
     Attributes:
         scores: by name of the network.
-        predictions: the class that each network named, int64 ``[images]``, by name.
+        predictions: the class that each network named, int64 ``[images]``, by name; fewer where a
+            network looked at the first images only.
         labels: the true classes, int64 ``[images]``.
     """
 
@@ -69,21 +70,29 @@ class Evaluation:
     labels: Tensor
 
     def agreement(self, first: str, second: str) -> float:
-        """Return the per cent of images on which two networks name the same class."""
-        return _percent(self._of(first) == self._of(second))
+        """Return the per cent of images, of those both saw, on which two networks agree."""
+        a, b = self._both(first, second)
+        return _percent(a == b)
 
     def difference(self, first: str, second: str) -> Difference:
-        """Return top-1 of ``first`` minus that of ``second``, paired by image.
+        """Return top-1 of ``first`` minus that of ``second``, paired by image, of those both saw.
 
         With ``b`` images that only ``first`` gets right and ``c`` that only ``second`` does, of
         ``n``: the difference is (b - c) / n with variance (b + c - (b - c)^2 / n) / n^2
         (McNemar 1947).
         """
-        right, other = (self._of(name) == self.labels for name in (first, second))
+        pair = self._both(first, second)
+        images = len(pair[0])
+        right, other = (named == self.labels[:images] for named in pair)
         only_first, only_second = int((right & ~other).sum()), int((other & ~right).sum())
-        images, gap = len(self.labels), only_first - only_second
+        gap = only_first - only_second
         variance = (only_first + only_second - gap**2 / images) / images**2
         return Difference(100 * gap / images, 100 * math.sqrt(max(variance, 0.0)), images)
+
+    def _both(self, first: str, second: str) -> tuple[Tensor, Tensor]:
+        a, b = self._of(first), self._of(second)
+        seen = min(len(a), len(b))
+        return a[:seen], b[:seen]
 
     def _of(self, name: str) -> Tensor:
         if name not in self.predictions:
@@ -144,6 +153,7 @@ def evaluate_networks(
     networks: Mapping[str, Callable[[Tensor], Tensor]],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
+    first: Mapping[str, int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run all networks once over the same images.
@@ -152,6 +162,7 @@ def evaluate_networks(
         networks: by name; each maps float32 images ``[n, C, H, W]`` on the CPU to logits
             ``[n, classes]`` on any device. Put modules into eval mode before.
         batches: images and int64 labels, as `ImageFolder.batches` yields them.
+        first: networks that look at about so many images only, whole batches, at least one.
         progress: called after each batch with the number of images done.
 
     Returns:
@@ -165,10 +176,12 @@ def evaluate_networks(
     within_top5: dict[str, int] = dict.fromkeys(networks, 0)
     predictions: dict[str, list[Tensor]] = {name: [] for name in networks}
     seen: list[Tensor] = []
-    done = 0
+    limits, done = first or {}, 0
     with torch.no_grad():
         for images, labels in batches:
             for name, network in networks.items():
+                if done and done >= limits.get(name, done + 1):
+                    continue
                 logits = _checked(name, network(images), labels)
                 within_top5[name] += int(topk_correct(logits, labels, 5).sum())
                 predictions[name].append(logits.argmax(1))
@@ -185,8 +198,8 @@ def evaluate_networks(
 
 
 def _score(predictions: Tensor, labels: Tensor, within_top5: int) -> Score:
-    top1 = _percent(predictions == labels)
-    images = len(labels)
+    images = len(predictions)
+    top1 = _percent(predictions == labels[:images])
     return Score(top1, 100 * within_top5 / images, standard_error(top1, images), images)
 
 
