@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from zsq.functional.affine import dequantize, quant_max, quantize
-from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation, straight_through
+from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation, minmax_grid, straight_through
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -58,6 +58,29 @@ def test_straight_through_also_where_clamped():
     x = torch.tensor([-5.0, 0.1, 99.0], requires_grad=True)
     straight_through(x, torch.tensor(1.0), torch.tensor(0.0), 15).sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_low_precision_is_rounded_in_float32_and_stays_low():
+    x = (3 * torch.randn(40, 7)).bfloat16().requires_grad_()
+    found = straight_through(x, torch.tensor(0.37), torch.tensor(3.0), 15)
+    wide = straight_through(x.detach().float(), torch.tensor(0.37), torch.tensor(3.0), 15)
+    assert torch.equal(found, wide.bfloat16())
+    upstream = torch.randn_like(x)
+    found.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+
+
+@pytest.mark.parametrize("shape", [(5, 30), (5, 3, 4, 2), (5, 3, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_grid_spans_each_channel_and_zero(shape, layout):
+    weight = torch.randn(shape) + 1
+    if len(shape) == 4:
+        weight = weight.contiguous(memory_format=layout)
+    scale, zero = minmax_grid(weight, 3)
+    for i, row in enumerate(weight):
+        span = max(float(row.max()), 0.0) - min(float(row.min()), 0.0)
+        assert float(scale[i]) == pytest.approx(span / 7, rel=1e-6)
+        assert float(zero[i]) == round(-min(float(row.min()), 0.0) / (span / 7))
 
 
 def tracked(decay=0.9):

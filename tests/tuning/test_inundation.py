@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from zsq.functional.affine import quant_max, quantize
+from zsq.functional.crossing import crossing_multipliers
 from zsq.quantizers.minmax import MinMaxWeight, minmax_grid
+from zsq.runtime.policy import Compiled
 from zsq.tuning.inundation import InundatedSGD, search_multiplier
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3), (10, 64)]
@@ -196,6 +198,49 @@ def test_a_plain_step_can_be_measured():
             float(rule.shares[i]), abs=2e-3
         )
     assert rule.multipliers.tolist() == [1.0] * 4
+
+
+def test_the_layout_in_memory_changes_nothing():
+    found, again = weights(), weights()
+    for weight in again.values():
+        if weight.master.ndim == 4:
+            weight.master.data = weight.master.data.contiguous(memory_format=torch.channels_last)
+    assert not again["layer0"].master.is_contiguous()
+    rules = [InundatedSGD(found), InundatedSGD(again)]
+    for each, rule in zip((found, again), rules, strict=True):
+        give_gradients(each, 0)  # of the other layout, for one of the two
+        rule.step(1e-3, target=1e-2)
+    assert torch.equal(rules[0].multipliers, rules[1].multipliers)
+    assert all(torch.equal(found[n].master, again[n].master) for n in found)
+
+
+def test_measuring_changes_no_step():
+    found, again = weights(), weights()
+    rules = [InundatedSGD(found), InundatedSGD(again)]
+    for (each, rule), measure in zip(
+        zip((found, again), rules, strict=True), (True, False), strict=True
+    ):
+        give_gradients(each, 0)
+        rule.step(1e-4, target=1e-2, measure=measure)
+    assert all(torch.equal(found[n].master, again[n].master) for n in found)
+    assert (rules[0].shares >= 1e-2).all()
+    assert not rules[1].shares.any()
+
+
+def test_a_compiled_rule_takes_the_same_step():
+    found, again = weights(), weights()
+    notes = []
+    compiled = Compiled(crossing_multipliers, enabled=True, note=notes.append, dynamic=True)
+    rules = [InundatedSGD(found), InundatedSGD(again, crossings=compiled)]
+    for step in range(2):
+        for each, rule in zip((found, again), rules, strict=True):
+            give_gradients(each, step)
+            rule.step(1e-4, target=1e-2)
+    assert notes == []
+    assert torch.allclose(rules[0].multipliers, rules[1].multipliers, rtol=1e-5)
+    assert (rules[1].shares >= 1e-2).all()
+    for name in found:
+        assert torch.allclose(found[name].master, again[name].master, rtol=1e-5, atol=1e-7)
 
 
 def test_the_grid_of_a_group_is_each_layers_own():

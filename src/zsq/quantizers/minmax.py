@@ -17,6 +17,18 @@ from zsq.functional.affine import grid_of_range, per_channel, quant_max, quantiz
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.weight import FrozenWeight
 
+Rounding = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+"""x, scale, zero point, largest and smallest code -> x on the grid"""
+
+
+def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int) -> Tensor:
+    """Return ``dequantize(quantize(x))``, computed in float32, in the precision of ``x``.
+
+    In place after the first operation: memory is what this costs.
+    """
+    s, z = per_channel(scale, x), per_channel(zero_point, x)
+    return (x.float() / s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s).to(x.dtype)
+
 
 class _StraightThrough(torch.autograd.Function):
     """Quantize and dequantize; the gradient passes as if nothing had happened."""
@@ -24,30 +36,30 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int,
+        x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int, rounding: Rounding,
     ) -> Tensor:  # fmt: skip
-        # dequantize(quantize(x)), in place after the first operation: memory is what this costs
-        s, z = per_channel(scale, x), per_channel(zero_point, x)
-        return (x / s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s)
+        return rounding(x, scale, zero_point, high, low)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def straight_through(
-    x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int = 0
-) -> Tensor:
+    x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int = 0,
+    rounding: Rounding = to_grid,
+) -> Tensor:  # fmt: skip
     """Return ``x`` on a grid, with gradient 1 everywhere.
 
     Args:
-        x: any shape, float32.
+        x: any shape, float32 or bfloat16.
         scale: scalar, or (C,) for one per index of axis 0; a constant in the backward pass.
         zero_point: like ``scale``.
         high: largest code.
         low: smallest code.
+        rounding: `to_grid`, or the same compiled.
 
     Example:
         >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
@@ -56,7 +68,7 @@ def straight_through(
         >>> y.detach(), x.grad
         (tensor([0.3000, 1.5000]), tensor([1., 1.]))
     """
-    return _StraightThrough.apply(x, scale, zero_point, high, low)  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(x, scale, zero_point, high, low, rounding)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class MinMaxWeight(nn.Module):
@@ -131,7 +143,8 @@ def minmax_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         >>> minmax_grid(torch.tensor([[-0.5, 1.0]]), 2)
         (tensor([0.5000]), tensor([1.]))
     """
-    low, high = weight.detach().flatten(1).aminmax(dim=1)
+    rest = tuple(range(1, weight.ndim))  # several times faster than `aminmax` of flattened rows
+    low, high = weight.detach().amin(rest), weight.detach().amax(rest)
     return grid_of_range(low, high, quant_max(bits), True)
 
 
@@ -148,12 +161,14 @@ class TrackedActivation(ActivationQuantizer):
 
     Attributes:
         tracking: True while batches move the range; otherwise a forward pass changes nothing.
+        rounding: `to_grid`, or the same compiled while a loop runs (`zsq.tuning.compiling`).
         widen: turns a batch's smallest and largest value, (2,), into those of all processes that share
             it; only while tracking.
     """
 
     average: Tensor
     count: Tensor
+    rounding: Rounding
     widen: Callable[[Tensor], Tensor] | None
 
     def __init__(self, bits: int, *, decay: float = 0.9) -> None:
@@ -161,6 +176,7 @@ class TrackedActivation(ActivationQuantizer):
         self.raw_scale.requires_grad_(False)
         self.decay = decay
         self.tracking = False
+        self.rounding = to_grid
         self.widen = None
         self.register_buffer("average", torch.zeros(2))
         self.register_buffer("count", torch.zeros(()))
@@ -189,4 +205,4 @@ class TrackedActivation(ActivationQuantizer):
             return x
         if self.tracking:
             self.track(x)
-        return straight_through(x.float(), self.scale, self.zero_point, self.high, self.low)
+        return straight_through(x, self.scale, self.zero_point, self.high, self.low, self.rounding)

@@ -100,14 +100,16 @@ class Compiled:
         function: pure tensor code.
         enabled: compile at all.
         note: told, in one sentence, when compilation failed.
+        dynamic: compile once for tensors of any size, for functions of many sizes.
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None]
-    ) -> None:
+        self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None],
+        dynamic: bool = False,
+    ) -> None:  # fmt: skip
         self.function = function
         self.compiled: Callable[..., Any] | None = (
-            torch.compile(function, dynamic=False) if enabled else None
+            torch.compile(function, dynamic=dynamic) if enabled else None
         )
         self.proved = False
         self.note = note

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zsq.config import Finetuning
 from zsq.functional.agreement import gradient_cosines
+from zsq.functional.crossing import crossing_multipliers
 from zsq.functional.schedules import milestone_factor
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate
@@ -32,11 +33,13 @@ from zsq.runtime.optimizers import (
     restore_generators,
     restore_optimizer,
 )
+from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import derive_seed, seeded
 from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
 from zsq.teacher.teacher import Teacher
+from zsq.tuning.fusing import fused_rounding
 from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
@@ -76,7 +79,12 @@ def finetune(
         loop = FineTuner(teacher, student, source, settings, context)
         total = source.warmup + settings.steps
         start = loop.resume()
-        with context.reporter.task("fine-tuning", total, completed=start) as task:
+        with (
+            context.reporter.task("fine-tuning", total, completed=start) as task,
+            fused_rounding(
+                loop.ranges.values(), context.policy, settings.steps, context.reporter.note
+            ),
+        ):
             for step in range(start, total):
                 task.advance(1, loss=loop.step(step))
                 if (step + 1) % CHECKPOINT_EVERY == 0 or step == total - 1:
@@ -123,6 +131,10 @@ class FineTuner:
         self.weight_rule = InundatedSGD(
             self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
             grid=rule.grid if rule else "frozen", guarantee=rule.guarantee if rule else True,
+            crossings=Compiled(
+                crossing_multipliers, enabled=context.policy.worth_compiling(settings.steps),
+                note=context.reporter.note, dynamic=True,
+            ),
         )  # fmt: skip
         self.rest_rule = torch.optim.SGD(
             self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
@@ -175,7 +187,7 @@ class FineTuner:
                 quantizer.enabled = True
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
-        """Make one step of the student; ``measure`` what it changed also without inundation."""
+        """Make one step of the student; ``measure`` which share of its integers it changed."""
         every = self.settings.agreement_every
         if every and step % every == 0 and self.context.metrics is not None:
             self._compare_gradients(batch, step + self.source.warmup)
@@ -198,7 +210,8 @@ class FineTuner:
             self.weight_rule.step(rate, measure=measure)
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
-            self.weight_rule.step(rate, target=rule.target * factor, cap=cap)
+            target = rule.target * factor
+            self.weight_rule.step(rate, target=target, cap=cap, measure=measure)
         return {name: term.detach() for name, term in terms.items()}
 
     def _snapshot(self, step: int) -> None:

@@ -27,6 +27,9 @@ from zsq.functional.affine import quant_max, quantize
 from zsq.functional.crossing import crossing_multipliers, multiplier_for_share
 from zsq.quantizers.minmax import MinMaxWeight, minmax_grid
 
+Crossings = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""weight, direction, scale, zero point and bits -> the multiplier at which each code changes"""
+
 #: Bisections after the doubling, as published.
 BISECTIONS = 5
 
@@ -44,6 +47,7 @@ class InundatedSGD:
             the moved weights.
         guarantee: with a moving grid, end on the side of the bracket that reaches the target
             (published code ends wherever its last trial was).
+        crossings: `crossing_multipliers`, or the same compiled.
 
     Attributes:
         names: paths in the order of `shares` and `multipliers`.
@@ -54,9 +58,10 @@ class InundatedSGD:
     def __init__(
         self, weights: Mapping[str, MinMaxWeight], *, momentum: float = 0.9,
         weight_decay: float = 0.0, grid: Literal["frozen", "moving"] = "frozen",
-        guarantee: bool = True,
+        guarantee: bool = True, crossings: Crossings = crossing_multipliers,
     ) -> None:  # fmt: skip
         self.names = list(weights)
+        self.crossings = crossings
         self.momentum, self.weight_decay = momentum, weight_decay
         self.grid, self.guarantee = grid, guarantee
         self._weights = list(weights.values())
@@ -74,7 +79,7 @@ class InundatedSGD:
 
     @torch.no_grad()
     def step(
-        self, lr: float, target: float = 0.0, cap: float = 65536.0, *, measure: bool = False
+        self, lr: float, target: float = 0.0, cap: float = 65536.0, *, measure: bool = True
     ) -> None:
         """Move every weight against its gradient.
 
@@ -83,11 +88,11 @@ class InundatedSGD:
                 the target that sets the speed.
             target: share of each tensor's integers to change; 0 switches inundation off.
             cap: largest multiplier.
-            measure: note `shares` and `multipliers` also where inundation is off.
+            measure: note `shares` and `multipliers`; a pass over the weights that only records need.
         """
         directions = self._directions(lr)
         if target > 0 or measure:
-            self._inundate(directions, target, cap)
+            self._inundate(directions, target, cap, measure)
         torch._foreach_sub_([w.master for w in self._weights], directions)
 
     def _directions(self, lr: float) -> list[Tensor]:
@@ -102,36 +107,40 @@ class InundatedSGD:
         torch._foreach_mul_(directions, lr)
         return directions
 
-    def _inundate(self, directions: list[Tensor], target: float, cap: float) -> None:
-        """Multiply each direction in place; note multipliers and shares."""
+    def _inundate(self, directions: list[Tensor], target: float, cap: float, measure: bool) -> None:
+        """Multiply each direction in place; note multipliers and, if measured, shares."""
         decide = self._frozen if self.grid == "frozen" else self._moving
         shares, multipliers = [], []
         for group in self._groups:
-            found, changed = decide(group, [directions[i] for i in group], target, cap)
+            found, changed = decide(group, [directions[i] for i in group], target, cap, measure)
             multipliers.append(found)
             shares.append(changed)
         self.multipliers = torch.cat(multipliers)[self._order]
-        self.shares = torch.cat(shares)[self._order]
+        if measure:
+            self.shares = torch.cat(shares)[self._order]
         if target > 0:
             torch._foreach_mul_(directions, list(self.multipliers.unbind()))
 
     def _frozen(
-        self, group: list[int], directions: list[Tensor], target: float, cap: float
+        self, group: list[int], directions: list[Tensor], target: float, cap: float, measure: bool
     ) -> tuple[Tensor, Tensor]:
         """Return multipliers and shares of tensors of one shape, as (L,) each."""
         members = [self._weights[i] for i in group]
-        weight = torch.cat([w.master for w in members])  # channels follow each other
+        # channels of all tensors follow each other; one tensor alone is not copied
+        weight = _joined([_rows(w.master, w.master) for w in members])
+        direction = _joined([_rows(d, w.master) for d, w in zip(directions, members, strict=True)])
         scale, zero_point = minmax_grid(weight, members[0].bits)
-        crossings = crossing_multipliers(
-            weight, torch.cat(directions), scale, zero_point, members[0].bits
-        ).reshape(len(group), -1)
+        crossings = self.crossings(weight, direction, scale, zero_point, members[0].bits)
+        crossings = crossings.reshape(len(group), -1)
         found = crossings.new_ones(len(group))
         if target > 0:
             found = multiplier_for_share(crossings, target, cap)
+        if not measure:
+            return found, found
         return found, (crossings <= found.unsqueeze(1)).float().mean(1)
 
     def _moving(
-        self, group: list[int], directions: list[Tensor], target: float, cap: float
+        self, group: list[int], directions: list[Tensor], target: float, cap: float, measure: bool
     ) -> tuple[Tensor, Tensor]:
         found, changed = [], []
         for i, direction in zip(group, directions, strict=True):
@@ -141,7 +150,7 @@ class InundatedSGD:
                 share, target, cap, guarantee=self.guarantee
             )  # fmt: skip
             found.append(a)
-            changed.append(0.0 if still else share(a))
+            changed.append(0.0 if still or not measure else share(a))
         device = directions[0].device
         return torch.tensor(found, device=device), torch.tensor(changed, device=device)
 
@@ -165,6 +174,17 @@ def _equal_shapes(weights: list[MinMaxWeight]) -> list[list[int]]:
     for i, weight in enumerate(weights):
         groups.setdefault((tuple(weight.master.shape), weight.bits), []).append(i)
     return list(groups.values())
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` (C, ...) as (C, K), elements in the memory order of ``like``: nothing is copied."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _share_on_moving_grid(weight: MinMaxWeight, direction: Tensor) -> Callable[[float], float]:
