@@ -257,7 +257,7 @@ def export(
         run: the folder that `quantize` wrote.
         target: the runtime to place quantizers for.
         path: the file to write; ``model.onnx`` in the run folder by default.
-        allow_partial: accept convolutions that the runtime does not run as integers.
+        allow_partial: accept a file in which some layers run in float, or that disagrees.
         reporter: for notes.
 
     Returns:

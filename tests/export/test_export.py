@@ -2,6 +2,7 @@
 """What is written to ONNX, judged by ONNX Runtime."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from torch import nn
 
 from zsq.errors import RunError, UsageError
 from zsq.export.export import export_student
+from zsq.export.parity import run_file
 from zsq.export.simulate import IntegerSimulation
 from zsq.student import attach
 from zsq.teacher.fold import fold_batch_norms
@@ -59,6 +61,57 @@ def test_the_file_is_opset_21_and_small_weights_are_int4(tmp_path):
     assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
 
 
+@pytest.mark.parametrize("bits", ["w2a4", "w4a4", "w6a8", "w8a8"])
+def test_depthwise_layers_have_one_zero_point_which_the_fast_kernel_needs(tmp_path, bits):
+    exported(Inverted, tmp_path / "n.onnx", bits=bits)
+    model = onnx.load(tmp_path / "n.onnx")
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    producers = {name: n for n in model.graph.node for name in n.output}
+    seen = 0
+    for node in model.graph.node:
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        if node.op_type == "Conv" and groups > 1:
+            weight = producers[node.input[1]]
+            assert len(np.unique(constants[weight.input[2]])) == 1
+            assert constants[weight.input[0]].shape[1] == 1
+            seen += 1
+    assert seen == 1
+
+
+def test_a_layer_that_stays_float_is_an_error_whatever_its_kind(tmp_path):
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = conv(3, 4)
+            self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.up(self.body(x))).mean((2, 3)))
+
+    with pytest.raises(RunError, match=r"would run in float"):
+        exported(Up, tmp_path / "n.onnx")
+    assert not (tmp_path / "n.onnx").exists()
+
+
+@pytest.mark.parametrize(("differing", "refused"), [(1, False), (2, True)])
+def test_a_file_that_disagrees_is_not_kept(tmp_path, monkeypatch, differing, refused):
+    honest = run_file
+
+    def lying(session, images):
+        found = honest(session, images).clone()
+        found[:differing] = -found[:differing]
+        return found
+
+    monkeypatch.setattr(sys.modules["zsq.export.parity"], "run_file", lying)
+    if refused:
+        with pytest.raises(RunError, match=r"another class than its simulation for 2 of 16"):
+            exported(Residual, tmp_path / "n.onnx")
+    else:
+        exported(Residual, tmp_path / "n.onnx")
+    assert (tmp_path / "n.onnx").exists() != refused
+
+
 def test_any_batch_size_runs(tmp_path):
     exported(Residual, tmp_path / "n.onnx")
     images = image_set(5).images
@@ -100,7 +153,7 @@ def test_fewer_fused_convolutions_than_expected_are_an_error(tmp_path, monkeypat
     monkeypatch.setattr(parity, "read_fusion", one_missing)
     path = tmp_path / "n.onnx"
     path.write_bytes(b"the file of before")
-    with pytest.raises(RunError, match=r"1 of 6 convolutions would run in float: a1"):
+    with pytest.raises(RunError, match=r"1 of 7 layers would run in float: a1"):
         exported(Residual, path)
     assert path.read_bytes() == b"the file of before"
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from zsq.errors import UsageError
 from zsq.export.folding import batch_norms_to_layers, fold_batch_norms, fold_clamps
 from zsq.export.rewrites import Facts, input_quantizer, is_global_pool, rewrite
-from zsq.functional.affine import Grid, per_channel, quant_max
+from zsq.functional.affine import SMALLEST_SCALE, Grid, per_channel, quant_max
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers
 from zsq.quantizers.layers import QuantizedLayer
@@ -42,7 +42,8 @@ def to_integer(student: Student, images: Tensor) -> Student:
     Batch norms that are left are folded (exactly; those that no layer precedes become depthwise
     convolutions), edges that the student's protocol left float are quantized to 8 bits, activation
     functions that clip move into the code range of the quantizer behind them, and biases are rounded
-    to the accumulator's grid. A student that is ``integer`` already keeps every number.
+    to the accumulator's grid. A student that is ``integer`` already keeps every number, apart from
+    8-bit weights of depthwise layers, which get one zero point for all channels.
 
     Args:
         student: calibrated; frozen here if it was not. Stays as it is.
@@ -69,6 +70,7 @@ def to_integer(student: Student, images: Tensor) -> Student:
     fold_clamps(network)
     extra |= _separate_shared_layers(network)
     _coarsen_pools(network, Facts(network, _probe(images)))
+    _center_depthwise(network)
     weights = {**integer.placement.weights, **extra}
     integer.placement = Placement(
         "integer", weights, integer.placement.activations, integer.placement.shared
@@ -196,6 +198,27 @@ def _coarsen_pools(network: GraphModule, facts: Facts) -> None:
                 smallest = grid.scale / (LARGEST_POOL_STEP * pixels)
                 if bool(output.scale < smallest):
                     output.set_grid(Grid(smallest, output.zero_point.clone(), torch.zeros(())))
+
+
+def _center_depthwise(network: GraphModule) -> None:
+    """Give the channels of 8-bit depthwise layers one zero point, in the middle of the range.
+
+    ONNX Runtime's depthwise kernel takes one only; with several, another one runs, ten times slower.
+    Narrower codes are stored less their zero points instead (`zsq.export.operators.weight_offset`),
+    for which 8 bits have no room.
+    """
+    for layer in network.modules():
+        if not isinstance(layer, QuantizedLayer) or not layer.is_depthwise or layer.bits < 8:
+            continue
+        weight = layer.frozen
+        if bool((weight.zero_point == weight.zero_point[0]).all()):
+            continue
+        half = 2 ** (layer.bits - 1)
+        values = weight()
+        largest = values.abs().amax(tuple(range(1, values.ndim)))
+        scale = (largest / (half - 1)).clamp(min=SMALLEST_SCALE)
+        codes = torch.round(values / per_channel(scale, values)) + half
+        layer.weight = FrozenWeight(codes, scale, torch.full_like(scale, half), layer.bits)
 
 
 def _snap_biases(network: GraphModule) -> None:

@@ -21,6 +21,8 @@ from zsq.teacher.fold import fold_batch_norms
 
 _WRITERS: dict[str, Callable[[Student, Path], None]] = {"ort-cpu": write_integer}
 TARGETS = tuple(_WRITERS)
+#: Per cent of images on which file and simulation must name the same class; one image may always differ.
+LEAST_AGREEMENT = 99.9
 
 
 def export_student(
@@ -37,7 +39,7 @@ def export_student(
         images: (N, C, H, W), normalised: calibrate the extra edges and check the file.
         path: the file; appears only when the export succeeded.
         target: one of `TARGETS`.
-        allow_partial: accept a file in which some convolutions run in float.
+        allow_partial: accept a file in which some layers run in float, or that disagrees.
         threads: of ONNX Runtime while it is timed; None means one per usable core.
         parity_images: how many of ``images`` are compared.
 
@@ -47,8 +49,8 @@ def export_student(
 
     Raises:
         UsageError: unknown target, wrong images, or a student that is not calibrated.
-        RunError: the network cannot be expressed in ONNX, ONNX Runtime refuses the file, or convolutions
-            would run in float.
+        RunError: the network cannot be expressed in ONNX, ONNX Runtime refuses the file, layers would
+            run in float, or the file disagrees with the simulation.
     """
     if target not in _WRITERS:
         raise UsageError(
@@ -64,15 +66,30 @@ def export_student(
             IntegerSimulation(integer), temporary, reference, images[:parity_images],
             target=target, threads=threads,
         )  # fmt: skip
-        if report.fused < report.convs and not allow_partial:
-            raise RunError(_partial(report))
+        _refuse(report, allow_partial)
     return report, integer
+
+
+def _refuse(report: ExportReport, allow_partial: bool) -> None:
+    """Raise where a file is not what was asked for; the file is then not kept."""
+    if allow_partial:
+        return
+    if report.fused < report.convs or report.fused_matmuls < report.matmuls:
+        raise RunError(_partial(report))
+    differing = round(report.images * (1 - report.agreement / 100))
+    if differing > max(1, report.images * (1 - LEAST_AGREEMENT / 100)):
+        raise RunError(
+            f"the file names another class than its simulation for {differing} of {report.images} "
+            f"images; at least {LEAST_AGREEMENT} % should agree. Pass allow_partial=True "
+            "(--allow-partial) to keep the file, and report the network."
+        )
 
 
 def _partial(report: ExportReport) -> str:
     names = "; ".join(report.unfused[:5]) or "their names are lost in the runtime's graph"
     more = f"; and {len(report.unfused) - 5} more" if len(report.unfused) > 5 else ""
+    left = report.convs - report.fused + report.matmuls - report.fused_matmuls
     return (
-        f"{report.convs - report.fused} of {report.convs} convolutions would run in float: {names}{more}. "
+        f"{left} of {report.convs + report.matmuls} layers would run in float: {names}{more}. "
         "Pass allow_partial=True (--allow-partial) to accept a slower file."
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx
 
 _INTEGER_CONVS = frozenset({"QLinearConv", "ConvInteger"})
-_FLOAT_CONVS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
+_FLOAT_CONVS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"})
 _INTEGER_MATMULS = frozenset({
     "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits",
 })  # fmt: skip

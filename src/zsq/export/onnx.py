@@ -18,7 +18,13 @@ from torch.fx import GraphModule
 
 from zsq.errors import RunError
 from zsq.export.naming import name_nodes
-from zsq.export.operators import DeployedLayer, DeployedQuantizer, global_average_pool, translations
+from zsq.export.operators import (
+    DeployedLayer,
+    DeployedQuantizer,
+    global_average_pool,
+    stored_without_zero_point,
+    translations,
+)
 from zsq.export.rewrites import (
     Facts,
     drop_repeated_quantizers,
@@ -42,9 +48,9 @@ def write_integer(student: Student, path: Path | str) -> None:
     """Write an integer student as an ONNX file that stock runtimes run in integers.
 
     Activations are uint8: QuantizeLinear, an integer Clip where fewer codes than 256 may occur, and
-    DequantizeLinear. Weights of up to 4 bits are INT4 initialisers cast to int8, wider ones int8, with
-    a scale and a zero point per output channel. Biases are int32 on the accumulator's grid. The batch
-    size is free.
+    DequantizeLinear. Weights of up to 4 bits are INT4 initialisers cast to int8, wider ones and those
+    of depthwise layers int8, with a scale and a zero point per output channel. Biases are int32 on the
+    accumulator's grid. The batch size is free.
 
     Args:
         student: from `zsq.export.deploy.to_integer`.
@@ -57,8 +63,9 @@ def write_integer(student: Student, path: Path | str) -> None:
     program = _export(network, student.info.input_shape)
     _check_quantizers(network, program.model)
     narrow = {
-        f"{path}.weight_quantized" for path, layer in student.layers().items() if layer.bits <= 4
-    }
+        f"{path}.weight_quantized" for path, layer in student.layers().items()
+        if layer.bits <= 4 and not stored_without_zero_point(layer)
+    }  # fmt: skip
     name_nodes(program.model.graph)
     _store_as_int4(program.model, narrow)
     program.model.metadata_props.update(_properties(student))

@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, nn
 
-from zsq.functional.affine import dequantize, quantize
+from zsq.functional.affine import dequantize, per_channel, quantize
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.teacher.layers import resolve_operator
@@ -140,15 +140,16 @@ class DeployedLayer(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, input_scale: Tensor | None, *, matrix: bool) -> None:
         super().__init__()
-        frozen, half = layer.frozen, 2 ** (layer.bits - 1)
+        frozen, offset = layer.frozen, weight_offset(layer)
         self.arguments = layer.arguments
         self.transposed = layer.operator == "aten.linear.default" and not matrix
-        codes = (frozen.integers.to(torch.int16) - half).to(torch.int8)
+        codes = frozen.integers.to(torch.int16) - per_channel(offset, frozen.integers)
+        codes = codes.to(torch.int8)
         self.register_buffer(
             "weight_quantized", codes.t().contiguous() if self.transposed else codes
         )
         self.register_buffer("weight_scale", frozen.scale.clone())
-        self.register_buffer("weight_zero_point", (frozen.zero_point - half).to(torch.int8))
+        self.register_buffer("weight_zero_point", (frozen.zero_point - offset).to(torch.int8))
         self._call = resolve_operator(layer.operator)
         self.register_buffer("bias", None)
         self.register_buffer("bias_quantized", None)
@@ -181,6 +182,23 @@ class DeployedLayer(nn.Module):
         if self.bias_quantized is not None:
             stored.append((self.bias_quantized, self.bias_scale, self.bias_zero_point))
         return [tuple(tensor.numpy().tobytes() for tensor in tensors) for tensors in stored]
+
+
+def weight_offset(layer: QuantizedLayer) -> Tensor:
+    """Return what is taken off a layer's codes and zero points to store them as int8, (C,) int16.
+
+    Half the range, which keeps 4 bits 4 bits wide; the zero points themselves where channels with
+    different ones would send ONNX Runtime down a slow path, ten times and more: depthwise layers.
+    """
+    zero = layer.frozen.zero_point.to(torch.int16)
+    return (
+        zero if stored_without_zero_point(layer) else torch.full_like(zero, 2 ** (layer.bits - 1))
+    )
+
+
+def stored_without_zero_point(layer: QuantizedLayer) -> bool:
+    """Whether a layer's weights are stored as int8 with zero points of 0; 8 bits are too wide for it."""
+    return layer.is_depthwise and layer.bits < 8
 
 
 def accumulator_step(input_scale: Tensor, weight_scale: Tensor) -> Tensor:

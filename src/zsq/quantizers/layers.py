@@ -55,6 +55,12 @@ class QuantizedLayer(nn.Module):
         """Bits per weight."""
         return int(self.weight.bits)  # type: ignore[arg-type]
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel is a convolution of one input channel of its own."""
+        groups = int(self.arguments[3]) if len(self.arguments) > 3 else 1
+        return groups > 1 and tuple(self.weight.codes().shape[:2]) == (groups, 1)  # type: ignore[operator]
+
     def freeze(self) -> None:
         """Replace what is being tuned by the integers it settled on; harmless when done already."""
         if not isinstance(self.weight, FrozenWeight):
