@@ -30,6 +30,7 @@ from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.equalize import equalized
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
+from zsq.tuning.objective import check_terms
 from zsq.tuning.reconstruct import reconstruct
 
 Images = ImageSet | Tensor | str | Path | None
@@ -115,6 +116,7 @@ def produce(
     teacher: Teacher, recipe: Recipe, images: Images, context: Context
 ) -> tuple[Student, ImageSet]:
     """Return the tuned student and the images it was tuned on."""
+    check_terms(teacher, recipe)
     if learns_together(recipe, images):
         return tune_with_generator(teacher, attach(teacher, recipe), context=context)
     chosen = choose_images(teacher, recipe, images, context)

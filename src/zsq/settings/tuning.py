@@ -127,7 +127,9 @@ class Finetuning(Calibration):
     batch: int = Field(default=200, ge=1)
     """Images per step where they are given; a generator has a batch of its own."""
     range_steps: int = Field(default=100, ge=1)
-    """Steps that track activation ranges: the last ones of the warm-up, frozen after."""
+    """Steps of the warm-up that track activation ranges, which are frozen after them."""
+    range_start: int | None = Field(default=None, ge=0)
+    """Step of the warm-up at which tracking starts; null for the latest, so that it ends with the warm-up."""
     range_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running ranges."""
     ranges: Literal["minmax", "percentile", "error"] = "minmax"

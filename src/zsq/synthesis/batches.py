@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -93,7 +94,7 @@ class FixedImages:
         self, teacher: Teacher, images: ImageSet, settings: Finetuning, context: Context
     ) -> None:
         device = context.policy.device
-        network = context.policy.place(teacher.network)
+        network = context.policy.place(copy.deepcopy(teacher.network))
         self.warmup = settings.range_steps
         self.size = min(settings.batch, len(images))
         self.group = context.group

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class ImageSet:
         """Return self if the images suit a network's input.
 
         Raises:
-            UsageError: another shape, no images, or NaN among the pixels.
+            UsageError: another shape, no images, labels missing, or NaN among the pixels.
         """
         if len(self) == 0:
             raise UsageError("the image set is empty; at least one image is needed.")
@@ -72,6 +73,11 @@ class ImageSet:
             raise UsageError(
                 f"the images have shape {tuple(self.images.shape[1:])} but the network takes "
                 f"{tuple(input_shape)}; use images made for this network."
+            )
+        if self.labels.shape != (len(self),):
+            raise UsageError(
+                f"there are {len(self)} images and labels of shape {tuple(self.labels.shape)}; every "
+                "image needs one label."
             )
         if not bool(torch.isfinite(self.images).all()):
             raise UsageError("the images hold NaN or Inf.")
@@ -81,7 +87,7 @@ class ImageSet:
 @torch.no_grad()
 def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
     """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
-    network = context.policy.place(teacher.network)
+    network = context.policy.place(copy.deepcopy(teacher.network))
     return torch.cat(
         [
             network(part.to(context.policy.device)).argmax(1).cpu()

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from zsq.config import Finetuning
+from zsq.errors import RunError
 from zsq.functional.agreement import gradient_cosines
 from zsq.functional.crossing import crossing_multipliers
 from zsq.functional.schedules import milestone_factor
-from zsq.quantizers.activation import ActivationQuantizer
-from zsq.quantizers.attach import calibrate
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import (
@@ -43,6 +42,7 @@ from zsq.tuning.fusing import fused_rounding
 from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
+from zsq.tuning.ranges import freeze_ranges, tracked_steps, tracking
 from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
@@ -142,6 +142,7 @@ class FineTuner:
         )  # fmt: skip
         self.objective = Objective(teacher, student, settings, context)
         self.watch = IntegerWatch(self.weights)
+        self.changed: dict[str, float] = {}
 
     def step(self, step: int) -> Tensor:
         """Make one step of the source, of the ranges or of the student; return a loss to show."""
@@ -160,31 +161,15 @@ class FineTuner:
 
     @torch.no_grad()
     def _warm_up(self, batch: Batch, step: int) -> None:
-        """Track ranges in the last steps of the warm-up; freeze them at its end."""
-        left = self.source.warmup - step
-        if left <= self.settings.range_steps:
-            for quantizer in self.ranges.values():
-                quantizer.enabled = quantizer.tracking = True
-                quantizer.widen = self.context.group.extremes
-            self.student(batch.images)
-        if left == 1:
-            self._freeze_ranges(batch.images)
-
-    def _freeze_ranges(self, images: Tensor) -> None:
-        for quantizer in self.ranges.values():
-            quantizer.tracking = False
-            quantizer.widen = None
-        if self.settings.ranges != "minmax":
-            searched: dict[str, ActivationQuantizer] = {**self.ranges}
-            for quantizer in self.ranges.values():
-                quantizer.enabled = False
-            calibrate(
-                self.student.network, searched, [self.context.group.gather(images)],
-                power=self.settings.power, asymmetric=self.settings.asymmetric,
-                rule=self.settings.ranges, percentile=self.settings.percentile,
-            )  # fmt: skip
-            for quantizer in self.ranges.values():
-                quantizer.enabled = True
+        """Track ranges in some steps of the warm-up; freeze them in the last of those."""
+        steps = tracked_steps(self.settings, self.source.warmup)
+        if step in steps:
+            with tracking(self.ranges, self.context.group):
+                self.student(batch.images)
+        if step == steps[-1]:
+            freeze_ranges(
+                self.student, self.ranges, batch.images, self.settings, self.context.group
+            )
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
         """Make one step of the student; ``measure`` which share of its integers it changed."""
@@ -201,17 +186,20 @@ class FineTuner:
                 self.objective, batch, self.settings.promotion, self.weights.values()
             )
         self.context.group.sum_gradients(self.trained, batch.share)
+        before = self.watch.codes() if measure else {}
         rate = self.settings.lr * factor
         for group in self.rest_rule.param_groups:
             group["lr"] = rate
         self.rest_rule.step()
         rule = self.settings.inundation
         if rule is None:
-            self.weight_rule.step(rate, measure=measure)
+            self.weight_rule.step(rate, measure=False)
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             target = rule.target * factor
             self.weight_rule.step(rate, target=target, cap=cap, measure=measure)
+        if measure:
+            self.changed = self.watch.changed_since(before)
         return {name: term.detach() for name, term in terms.items()}
 
     def _snapshot(self, step: int) -> None:
@@ -233,13 +221,22 @@ class FineTuner:
         layers: dict[str, object] = {}
         if self.context.metrics is not None and step >= self.source.warmup:
             names, rule = self.weight_rule.names, self.weight_rule
-            layers["changed"] = dict(zip(names, rule.shares.tolist(), strict=True))
+            layers["changed"] = self.changed
             layers["multiplier"] = dict(zip(names, rule.multipliers.tolist(), strict=True))
             layers["moved"] = self.watch.look()
         record_terms(self.context, "finetune", step, terms, **layers)
 
     def save(self, done: int) -> None:
-        """Keep everything that the remaining steps depend on."""
+        """Keep everything that the remaining steps depend on, unless it is damaged.
+
+        Raises:
+            RunError: a weight is NaN or infinite; the last checkpoint stays as it is.
+        """
+        if not bool(torch.stack([t.detach().isfinite().all() for t in self.trained]).all()):
+            raise RunError(
+                f"a weight became NaN or infinite at or before step {done - 1}. Lower tuning.lr with "
+                "--set, or try --precision fp32; the checkpoint before it is kept."
+            )
         parts: dict[str, dict[str, Tensor]] = {
             "source": self.source.state(), "rule": self.weight_rule.state_dict(),
             "random": generator_states(), "watch": self.watch.state(),

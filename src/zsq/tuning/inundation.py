@@ -12,7 +12,8 @@ keeps raw gradients; ``a`` is decided anew in every step and for every tensor; n
 The published procedure searches ``a`` by doubling and bisection on a grid that moves with the
 weights, reading the device at every trial (``grid="moving"``). On the grid before the step there is
 a closed form (`zsq.functional.crossing`), which needs one pass and guarantees the share
-(``grid="frozen"``, the default).
+(``grid="frozen"``, the default) on that grid. What a step does to the smallest or largest weight
+of a channel moves the channel's grid as well, and so may change more codes of the next one, or fewer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class InundatedSGD:
 
     Attributes:
         names: paths in the order of `shares` and `multipliers`.
-        shares: share of each tensor's codes that the last measured step changed, (L,).
+        shares: share of each tensor's codes that the last measured step changed, on the grid of
+            `grid`, (L,).
         multipliers: of the last measured step, (L,).
     """
 
@@ -207,7 +209,7 @@ def search_multiplier(
     Args:
         share: share of codes that a multiplier changes.
         target: the share wanted.
-        cap: doubling ends here.
+        cap: doubling ends here; no result is larger.
         guarantee: return the side of the bracket that reaches the target, not the last trial.
 
     Returns:
@@ -216,8 +218,9 @@ def search_multiplier(
     if share(1.0) >= target:
         return 1.0
     high = 2.0
+    high = min(high, cap)
     while share(high) < target and high < cap:
-        high *= 2
+        high = min(2 * high, cap)
     low = middle = high / 2
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
-from zsq.config import Finetuning
+from zsq.config import Finetuning, Recipe
+from zsq.errors import UsageError
 from zsq.functional.alignment import alignment_loss
 from zsq.functional.generator_loss import soft_cross_entropy
 from zsq.functional.losses import kl_divergence
@@ -19,7 +21,33 @@ from zsq.runtime.policy import Compiled
 from zsq.student import Student, prepared_network
 from zsq.synthesis.batches import Batch
 from zsq.teacher.blocks import block_outputs, tap_nodes
-from zsq.teacher.teacher import Teacher
+from zsq.teacher.teacher import ModelInfo, Teacher
+
+
+def aligned_blocks(network: GraphModule, info: ModelInfo) -> list[str]:
+    """Return the block outputs that feature terms compare.
+
+    Raises:
+        UsageError: there are none.
+    """
+    blocks = block_outputs(network, info.input_shape)
+    if not blocks:
+        raise UsageError(
+            f"no block of {info.reference} puts out a feature map (N, C, H, W), so there is nothing "
+            "to align; leave the term out with --set tuning.losses.alignment=0."
+        )
+    return blocks
+
+
+def check_terms(teacher: Teacher, recipe: Recipe) -> None:
+    """Refuse a recipe whose terms a network has nothing for, before any image is made.
+
+    Raises:
+        UsageError: features are compared and there are none.
+    """
+    tuning = recipe.tuning
+    if isinstance(tuning, Finetuning) and tuning.losses.alignment:
+        aligned_blocks(prepared_network(teacher, recipe), teacher.info)
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,7 @@ class Objective:
         network = prepared_network(teacher, student.recipe)
         looked_at = {*self.names, *(settings.agreement_terms if settings.agreement_every else ())}
         aligned = FEATURE_TERMS & looked_at
-        blocks = block_outputs(network, student.info.input_shape) if aligned else []
+        blocks = aligned_blocks(network, student.info) if aligned else []
         self.blocks = blocks
         self.student = tap_nodes(student.network, blocks)
         self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)

@@ -18,10 +18,28 @@ class IntegerWatch:
 
     def __init__(self, weights: dict[str, MinMaxWeight]) -> None:
         self.weights = weights
-        self.start = {path: weight.codes() for path, weight in weights.items()}
+        self.start = self.codes()
         self.moved = {
             path: torch.zeros_like(codes, dtype=torch.bool) for path, codes in self.start.items()
         }
+
+    def codes(self) -> dict[str, Tensor]:
+        """Return the integers of each layer as they are, by path."""
+        return {path: weight.codes() for path, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def changed_since(self, before: dict[str, Tensor]) -> dict[str, float]:
+        """Return the share of each layer's integers that differ from what `codes` returned.
+
+        They differ where a weight crossed a threshold, and where a step moved the smallest or the
+        largest weight of a channel, and with it the channel's grid.
+        """
+        if not before:
+            return {}
+        shares = torch.stack([
+            (weight.codes() != before[path]).float().mean() for path, weight in self.weights.items()
+        ])  # fmt: skip
+        return dict(zip(self.weights, shares.tolist(), strict=True))
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
