@@ -142,7 +142,7 @@ def export(
     target: Annotated[str, typer.Option("--target", help="Runtime to place quantizers for.")] = "ort-cpu",
     out: Annotated[str | None, typer.Option("-o", "--out", help="File to write [RUN/model.onnx].")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help=(
-        "Accept convolutions that do not run as integers."))] = False,
+        "Accept layers that do not run as integers, or answers that differ."))] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

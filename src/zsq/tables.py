@@ -65,6 +65,12 @@ def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
             value = size(value)
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
     yield table
+    if report["speedup"] < 1:
+        yield (
+            f"The integer file is slower here than the float one ({report['latency_ms']:.3g} ms against "
+            f"{report['float_latency_ms']:.3g} ms an image): networks this small, and processors "
+            "without VNNI or dot-product instructions, gain size only."
+        )
 
 
 def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
