@@ -2,6 +2,7 @@
 """Fine-tuning on images, fixed or from a generator that learns with the student."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -257,16 +258,23 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
-def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [4, 8])
+@pytest.mark.parametrize("more", [(), ("average=0.8",)])
+def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch, more, after):
     monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
     images = real(teacher)
+
+    def recipe():
+        return load_recipe("gdfq+ait", bits="w4a4",
+                           settings=[*SMALL, *(f"tuning.{x}" for x in more)])  # fmt: skip
+
     whole = tune(teacher, attach(teacher, recipe()), images)
     context = Context(checkpoints=Checkpoints(tmp_path))
     save = module.FineTuner.save
 
     def stop(self, done):
         save(self, done)
-        if done == 4:
+        if done == after:
             raise StopError
 
     with monkeypatch.context() as patched:
@@ -277,6 +285,33 @@ def test_fixed_images_resume_too(teacher, tmp_path, monkeypatch):
     assert all(
         torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items()
     )
+
+
+def test_the_student_can_be_the_average_of_its_steps(teacher, monkeypatch):
+    """Equal to a weighted sum of what every step left, the weights written out."""
+    seen = []
+    learn = module.FineTuner._learn
+
+    def spy(self, *arguments, **named):
+        result = learn(self, *arguments, **named)
+        seen.append([p.detach().clone() for p in self.trained])
+        return result
+
+    monkeypatch.setattr(module.FineTuner, "_learn", spy)
+    settings = ["tuning.average=0.25", "tuning.steps=5", "tuning.lr=1"]
+    student = attach(teacher, recipe("gdfq", *settings))
+    paths = list(student.layers())
+    student = tune(teacher, student, real(teacher))
+    decays = [0.0, 2 / 11, 3 / 12, 0.25, 0.25]
+    weights = [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
+    assert sum(weights) == pytest.approx(1)
+    for i, path in enumerate(paths):
+        mean = sum(w * step[i] for w, step in zip(weights, seen, strict=True))
+        expected = MinMaxWeight(mean, 4)
+        found = student.layers()[path].weight
+        assert torch.allclose(found.scale, expected.scale, rtol=1e-4)
+        assert (found.codes() == expected.codes()).float().mean() > 0.99
+        assert not torch.allclose(found.scale, MinMaxWeight(seen[-1][i], 4).scale, rtol=1e-4)
 
 
 def test_nan_stops_with_the_term_and_the_step(teacher):

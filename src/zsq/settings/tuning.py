@@ -139,12 +139,18 @@ class Finetuning(Calibration):
     """Augmentation of given images."""
     lr: float = Field(default=1e-4, gt=0)
     """Rate of SGD."""
+    lr_factor: float = Field(default=1.0, gt=0)
+    """Multiplies ``lr``: how much faster a schedule of few steps learns than the published one, whose
+    rate depends on the data set."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Shares of all steps, warm-up included, after which rates and targets fall."""
     decay: float = Field(default=0.1, gt=0, le=1)
     """Factor on rates and on the inundation target at each milestone."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of the running average of everything learned that becomes the student; shorter at
+    the start, so that early steps do not weigh on it. 0: the student is the last step's, as published."""
     losses: Losses = Losses()
     temperature: float = Field(default=20.0, gt=0)
     kl_mean: Literal["element", "sample"] = "element"

@@ -38,6 +38,7 @@ from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
 from zsq.teacher.teacher import Teacher
+from zsq.tuning.averaging import RunningAverage
 from zsq.tuning.fusing import fused_rounding
 from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
@@ -89,6 +90,7 @@ def finetune(
                 task.advance(1, loss=loop.step(step))
                 if (step + 1) % CHECKPOINT_EVERY == 0 or step == total - 1:
                     loop.save(step + 1)
+        loop.average.settle()
     return student.freeze(), source
 
 
@@ -143,6 +145,7 @@ class FineTuner:
         self.objective = Objective(teacher, student, settings, context)
         self.watch = IntegerWatch(self.weights)
         self.changed: dict[str, float] = {}
+        self.average = RunningAverage(self.trained, settings.average)
 
     def step(self, step: int) -> Tensor:
         """Make one step of the source, of the ranges or of the student; return a loss to show."""
@@ -154,6 +157,7 @@ class FineTuner:
             terms: dict[str, Tensor] = {}
         else:
             terms = self._learn(batch, step - self.source.warmup, factor, measure=recorded)
+            self.average.update(step - self.source.warmup)
             self._snapshot(step - self.source.warmup)
         if recorded:
             self._record(step, self.context.group.mean(batch.terms | terms, batch.share))
@@ -187,7 +191,7 @@ class FineTuner:
             )
         self.context.group.sum_gradients(self.trained, batch.share)
         before = self.watch.codes() if measure else {}
-        rate = self.settings.lr * factor
+        rate = self.settings.lr * self.settings.lr_factor * factor
         for group in self.rest_rule.param_groups:
             group["lr"] = rate
         self.rest_rule.step()
@@ -242,6 +246,7 @@ class FineTuner:
             "random": generator_states(), "watch": self.watch.state(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
+            "average": self.average.state(),
             "ranges": _flat({name: q.state_dict() for name, q in self.ranges.items()}),
         }  # fmt: skip
         state = _flat(parts) | optimizer_state(self.rest_rule, "sgd")
@@ -264,6 +269,7 @@ class FineTuner:
         self.source.restore(_part(state, "source"))
         self.weight_rule.load_state_dict(_part(state, "rule"))
         self.watch.restore(_part(state, "watch"))
+        self.average.restore(_part(state, "average"))
         restore_optimizer(self.rest_rule, "sgd", state)
         for path, weight in self.weights.items():
             weight.master.copy_(state[f"weights.{path}"])
