@@ -38,6 +38,17 @@ def test_the_published_tables_are_complete():
         ("pytorchcv:resnet50", (3, 224, 224), "resnet50"),
         ("models.py:resnet18_tiny", (3, 64, 64), "resnet20_cifar10"),
         ("net.pt2", (1, 256, 128), "resnet18"),
+        ("torchvision:resnet50", (3, 224, 224), "resnet50"),
+        ("timm:resnet50", (3, 224, 224), "resnet50"),
+        ("timm:resnet50.a1_in1k", (3, 224, 224), "resnet50"),
+        ("pytorchcv:mobilenetv2_w1", (3, 224, 224), "mobilenetv2"),
+        ("torchvision:mobilenet_v2", (3, 224, 224), "mobilenetv2"),
+        ("timm:mobilenetv2_100", (3, 224, 224), "mobilenetv2"),
+        ("timm:mobilenetv2_100.ra_in1k", (3, 224, 224), "mobilenetv2"),
+        ("module:MobileNetV2", (3, 224, 224), "mobilenetv2"),
+        ("timm:mobilenetv2_140.ra_in1k", (3, 224, 224), "resnet18"),  # another network
+        ("folder.of/resnet50.pt2", (3, 224, 224), "resnet50"),
+        ("timm:resnet50d.ra2_in1k", (3, 224, 224), "resnet18"),
     ],
 )
 def test_which_one_a_teacher_gets(reference, shape, expected):

@@ -22,6 +22,13 @@ from zsq.runtime.files import atomic_write
 UPS = ("N", "L")
 OPERATIONS = ("0", "s", "c1", "c3", "c5", "d3", "d5")
 CROSSES = ("0", "N", "L")
+#: What the libraries call the networks of `published_architectures`, where it is not the table's name:
+#: torchvision; pytorchcv and timm, whose suffixes are the width.
+ALIASES = {
+    "mobilenet_v2": "mobilenetv2",
+    "mobilenetv2_w1": "mobilenetv2",
+    "mobilenetv2_100": "mobilenetv2",
+}
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,16 @@ def default_architecture(image_shape: tuple[int, ...], reference: str) -> Archit
     Args:
         image_shape: (C, H, W).
         reference: what the user called the teacher, e.g. ``pytorchcv:resnet50``.
+
+    Example:
+        >>> found = default_architecture((3, 224, 224), "timm:mobilenetv2_100.ra_in1k")
+        >>> found == published_architectures()["mobilenetv2"]
+        True
     """
     found = published_architectures()
-    name = re.split(r"[:/]", reference.lower())[-1]
+    # after a dot: timm's name of the weights (resnet50.a1_in1k), or a file's suffix
+    name = re.split(r"[:/]", reference.lower())[-1].partition(".")[0]
+    name = ALIASES.get(name, name)
     if name in found:
         return found[name]
     return found["resnet18" if max(image_shape[1:]) >= LARGE_SIDE else "resnet20_cifar10"]
