@@ -77,9 +77,11 @@ def _architecture(teacher: Teacher, settings: GeneratorSynthesis, context: Conte
     saved = None if folder is None else folder.parent / "architecture.yaml"
     if saved is not None and saved.exists():
         return Architecture.load(saved)
-    found = search_architecture(
-        teacher, SearchSettings(steps=settings.search_steps, batch=settings.batch), context
-    )
+    search = SearchSettings(
+        steps=settings.search_steps, batch=settings.batch, weight_lr=settings.lr,
+        statistics_weight=settings.statistics_weight,
+    )  # fmt: skip
+    found = search_architecture(teacher, search, context)
     if saved is not None:
         found.save(saved)
         context.reporter.note(f"the generator that was found is kept in {saved.name}")

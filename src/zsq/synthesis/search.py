@@ -3,18 +3,20 @@
 
 The published code holds the architectures that were found, not the search. This one follows the
 paper's description with the usual means of differentiable search: every edge of a super-network has
-logits over its choices; a hard sample of the Gumbel-softmax says which one is computed, and the
-logits get their gradient straight through it. Weights and logits learn in turns, on the loss that the
-generator is later trained with. The choices with the largest logits are the result.
+logits over its choices; a hard sample of the Gumbel-softmax says which one is used, and the logits get
+their gradient straight through it. Weights and logits learn in turns, on the loss that the generator is
+later trained with. The choices with the largest logits are the result.
 
-Only the sampled choice of an edge is computed: the gradient of its logits then rests on that choice's
-output alone, which is far cheaper than running all of them and as unbiased over samples.
+A step of the weights computes the sampled choices only. A step of the logits computes all of them: the
+gradient compares what the others would have put in the sampled one's place. Without them it would pull
+at a logit even where all choices are alike.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +62,11 @@ class SearchSettings:
 
 
 class _Choice(nn.Module):
-    """An edge that is still open: one module per choice, and logits over them."""
+    """An edge that is still open: one module per choice, and logits over them.
+
+    Attributes:
+        comparing: compute all choices, for the logits' gradient; otherwise the sampled one alone.
+    """
 
     def __init__(self, choices: Sequence[str], *, up: bool, classes: int, channels: int) -> None:
         super().__init__()
@@ -71,15 +77,27 @@ class _Choice(nn.Module):
         })  # fmt: skip
         self.logits = nn.Parameter(torch.zeros(len(choices)))
         self.temperature = 1.0
+        self.comparing = False
 
-    def forward(self, x: Tensor, classes: Tensor, weights: Tensor) -> Tensor | None:
-        """Return the sampled choice's result, or None where it is "none"."""
+    def forward(self, x: Tensor, classes: Tensor, weights: Tensor) -> tuple[Tensor | None, bool]:
+        """Return the sampled choice's result, and whether it is another than "none".
+
+        The result of "none" is None, or while comparing, zeros that carry the logits' gradient.
+        """
         sample = gumbel_softmax(self.logits, self.temperature, hard=True)
-        index = int(sample.argmax())
-        if self.choices[index] == "0":
-            return None
-        result: Tensor = self.edges[self.choices[index]](x, classes, weights)
-        return result * sample[index]
+        chosen = self.choices[int(sample.argmax())]
+        real = chosen != "0"
+        if not self.comparing:
+            return self.edges[chosen](x, classes, weights) if real else None, real
+        parts = []
+        for i, choice in enumerate(self.choices):
+            if choice == "0":  # adds nothing to the sum, whatever its share
+                continue
+            # the others count as constants: times a share of 0, no gradient passes through them
+            with nullcontext() if choice == chosen else torch.no_grad():
+                result = self.edges[choice](x, classes, weights)
+            parts.append(sample[i] * result)
+        return torch.stack(parts).sum(0), real
 
     def best(self, but: str = "") -> str:
         """Return the likeliest choice, other than ``but``."""
@@ -105,16 +123,16 @@ class _OpenCell(nn.Module):
     def forward(
         self, x: Tensor, before: Sequence[Tensor | None], classes: Tensor, weights: Tensor
     ) -> list[Tensor | None]:
-        nodes: list[Tensor | None] = [up(x, classes, weights) for up in self.ups]
+        nodes: list[Tensor | None] = [up(x, classes, weights)[0] for up in self.ups]
         for first_operation, sources, first_cross in ((0, 2, 0), (2, 3, 3)):
             edges = [(self.operations[first_operation + i], nodes[i]) for i in range(sources)]
             if len(self.crosses):
                 edges += [(self.crosses[first_cross + i], before[i]) for i in range(3)]
-            arriving = [
-                y for edge, node in edges
-                if node is not None and (y := edge(node, classes, weights)) is not None
-            ]  # fmt: skip
-            nodes.append(torch.stack(arriving).sum(0) if arriving else None)
+            arriving = [edge(node, classes, weights) for edge, node in edges if node is not None]
+            # reached by nothing but "none", a node does not exist, as in the network that is built
+            reached = any(real for _, real in arriving)
+            values = [y for y, _ in arriving if y is not None]
+            nodes.append(torch.stack(values).sum(0) if reached else None)
         if nodes[3] is None:  # a sample without a way through: let the first node stand in
             nodes[3] = nodes[0]
         return nodes
@@ -198,10 +216,12 @@ class _Search:
             choice.temperature = settings.hot * (settings.cold / settings.hot) ** share
         loss = self._descend(self.weight_rule)
         if share >= settings.warmup:
-            self._descend(self.logit_rule)
+            self._descend(self.logit_rule, comparing=True)
         return loss
 
-    def _descend(self, rule: torch.optim.Optimizer) -> Tensor:
+    def _descend(self, rule: torch.optim.Optimizer, *, comparing: bool = False) -> Tensor:
+        for choice in self.network.choices():
+            choice.comparing = comparing
         labels = plain_labels(self.settings.batch, self.classes, self.context.policy.device)
         noise, soft = self.network.draw_noise(labels), labels.soft(self.classes)
         loss = self.objective(noise, labels.classes, labels.weights, soft)[0]
