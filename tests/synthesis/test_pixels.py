@@ -93,9 +93,11 @@ def test_without_a_label_term_the_teacher_labels(teacher):
     assert torch.equal(made.labels, teacher(made.images).argmax(1))
 
 
-def test_batches_side_by_side_are_the_batches_one_after_the_other(teacher):
-    """Statistics, rates and chance are each batch's own."""
-    changes = {"images": 24, "batch": 8, "steps": 12, "losses": HAST, "difficulty": 2.0,
+@pytest.mark.parametrize("losses", [HAST, INTRAQ])
+def test_batches_side_by_side_are_the_batches_one_after_the_other(teacher, losses):
+    """Statistics, rates and chance are each batch's own, class centres those of all before."""
+    changes = {"images": 24, "batch": 8, "steps": 12, "losses": losses, "difficulty": 2.0,
+               "soft_floor": 0.9, "band": (0.05, 0.8),
                "plateau_patience": 2, "crop": {"probability": 0.5}}  # fmt: skip
     alone, together = make(teacher, **changes), make(teacher, parallel=3, **changes)
     assert torch.equal(alone.labels, together.labels)

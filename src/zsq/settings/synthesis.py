@@ -95,7 +95,8 @@ class PixelSynthesis(Part):
     batch: int = Field(default=256, ge=2)
     """Images that share batch statistics."""
     parallel: int = Field(default=1, ge=1)
-    """Batches in flight side by side: speed where one does not fill the device, nothing else."""
+    """Batches in flight side by side: speed where one does not fill the device, nothing else. Where
+    ``class_band`` has weight, always one: a batch's class centres come from all batches before it."""
     steps: int = Field(default=1000, ge=1)
     """Optimisation steps per batch."""
     lr: float = Field(default=0.5, gt=0)

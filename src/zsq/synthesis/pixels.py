@@ -7,8 +7,8 @@ statistics and, where a recipe asks for it, like a class. The methods (arXiv 200
 
 Batches are independent but for IntraQ's class centres, which come from the batches finished before.
 Several can be in flight side by side; each keeps its own statistics, rate and stream of chance.
-Several processes make several rounds at a time, but for those with class centres: one process makes
-them, one after another, so that the images are the same however many there are.
+Several processes make several rounds at a time. Batches with class centres are made one after another
+by one process, so that the images are the same whatever could be done at a time.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
         RunError: the loss became NaN.
     """
     objective = _Objective(teacher, settings, context)
-    rounds = _rounds(batch_sizes(settings.images, settings.batch), settings.parallel)
+    parallel = 1 if objective.with_features else settings.parallel
+    rounds = _rounds(batch_sizes(settings.images, settings.batch), parallel)
     worth = context.policy.worth_compiling(settings.steps * len(rounds))
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
     classes = count_classes(teacher)
