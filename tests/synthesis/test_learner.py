@@ -96,6 +96,19 @@ def test_a_latent_that_does_not_fit_the_classifier_is_refused(teacher):
     assert learner(teacher, generator="qimera", latent=7).generator.embedding.shape == (5, 7)
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_a_label_embedding_starts_at_the_classifier_as_loud_as_the_noise(teacher, released):
+    """Released code takes the rows as they are; they are several times smaller than the noise."""
+    source = learner(teacher, generator="qimera", latent=None, embedding="classifier",
+                     norm_as_released=released)  # fmt: skip
+    rows = teacher.network.get_submodule("fc").weight
+    found = source.generator.embedding.detach()
+    if released:
+        assert torch.equal(found, rows)
+    else:
+        assert torch.allclose(found, rows / rows.std(1, correction=0, keepdim=True))
+
+
 def test_images_can_be_synthesised_alone(teacher):
     recipe = load_recipe(
         "gdfq", settings=["synthesis.steps=3", "synthesis.batch=8", "synthesis.images=11"]
@@ -135,6 +148,19 @@ def test_fixed_batches_show_every_image_once_a_round(teacher):
     with torch.no_grad():
         assert torch.allclose(batch.logits, teacher(batch.images), atol=1e-4)
     assert batch.targets.sum(1).tolist() == [1.0] * 5
+
+
+def test_fixed_batches_are_shuffled_anew_each_round(teacher):
+    images = ImageSet(smooth_images(12), torch.arange(12) % 5)
+    torch.manual_seed(0)
+    source = FixedImages(teacher, images, Finetuning(batch=12, range_steps=2), Context())
+    rounds = [source.next(1.0).images for _ in range(3)]
+    orders = [
+        [int((one == image).flatten(1).all(1).nonzero()) for image in images.images]
+        for one in rounds
+    ]
+    assert list(range(12)) not in orders
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_crops_are_left_to_whoever_asks_the_teacher(teacher):
