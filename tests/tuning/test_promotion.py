@@ -62,9 +62,11 @@ def by_hand(teacher, student, x):
     return 20 * 400 * divergence + 1000 * alignment_loss(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["hast", "hast-reference"])
-def test_the_gradient_is_that_of_clean_and_harder_images_by_hand(teacher, name):
-    student, objective, weights, settings = ready(teacher, name=name)
+@pytest.mark.parametrize(("name", "share"), [("hast", 1), ("hast", 2.5), ("hast-reference", 1)])
+def test_the_gradient_is_that_of_clean_and_harder_images_by_hand(teacher, name, share):
+    student, objective, weights, settings = ready(
+        teacher, f"tuning.promotion.weight={share}", name=name
+    )
     x = smooth_images(8, seed=5)
     terms = learn_from_harder(
         objective, Batch(x, None, torch.ones(8, 5) / 5), settings.promotion, weights
@@ -86,12 +88,12 @@ def test_the_gradient_is_that_of_clean_and_harder_images_by_hand(teacher, name):
         loss = by_hand(teacher, student, pixels)
     (uphill,) = torch.autograd.grad(loss, pixels)
     moved = x + 0.01 * uphill.sign()
-    total = by_hand(teacher, student, x) + by_hand(teacher, student, moved)
-    total.backward()
+    clean, other = by_hand(teacher, student, x), by_hand(teacher, student, moved)
+    (clean + share * other).backward()
     for gradient, weight in zip(found, weights, strict=True):
         assert torch.allclose(gradient, weight.master.grad, rtol=1e-3, atol=1e-4)
     assert sum(float(t.detach()) for t in terms.values()) == pytest.approx(
-        float(total.detach()), rel=1e-4
+        float((clean + other).detach()), rel=1e-4
     )
 
 
