@@ -43,6 +43,23 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= kinds
 
 
+def test_set_overrides_and_a_file_go_together_or_are_refused(model, tmp_path, monkeypatch, capsys):
+    plan = bits_of(
+        monkeypatch, capsys, model, tmp_path, "--budget", "3", "-o", tmp_path / "bits",
+        "--candidates", "2,3",
+    )  # fmt: skip
+    run = ["quantize", model, "--bits", tmp_path / "bits" / "bits.yaml", *SHAPE, *FEW]
+    code, _, err = zsq(monkeypatch, capsys, *run, "-o", tmp_path / "refused", "--quiet",
+                       "--set", "overrides=[{match: a1, weights: 5}]")  # fmt: skip
+    assert code == 2
+    assert "fixes it to 5" in err
+    zsq_json(monkeypatch, capsys, *run, "-o", tmp_path / "run",
+             "--set", "overrides=[{match: a2, activations: 7}]")  # fmt: skip
+    student = package.load(tmp_path / "run")
+    assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
+    assert 7 in student.placement.activations.values()
+
+
 def test_bits_are_shown_as_tables(model, tmp_path, monkeypatch, capsys):
     ImageSet(torch.randn(8, 3, 8, 8), torch.zeros(8).long()).save(tmp_path / "i.safetensors")
     code, out, _ = zsq(monkeypatch, capsys, "bits", model, "--budget", "2kB", *SHAPE, "--quiet",

@@ -78,7 +78,8 @@ def quantize(
         model: a MODEL string (``pytorchcv:resnet20_cifar10``, ``file.py:function``, ``net.pt2``,
             ``zsq:resnet20_cifar10``, ...), a module, or an exported program. Not changed.
         recipe: name of a recipe, a YAML file, or a `Recipe`.
-        bits: like ``w4a4``, or a bits file of `zsq bits`; None keeps the recipe's.
+        bits: like ``w4a4``, or a bits file of `zsq bits`, made under the same protocol; None keeps the
+            recipe's.
         protocol: ``edges-8bit``, ``integer`` or ``all-low-bit``; None keeps the recipe's.
         schedule: ``full`` as published, ``quick`` for a laptop.
         settings: ``KEY=VALUE`` changes of recipe fields.
@@ -123,9 +124,10 @@ def quantize(
     plan = read_plan(bits)
     resolved = load_recipe(
         recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
-        settings=settings, protocol=protocol,
-        **(plan.changes(teacher) if plan else {"bits": bits}),
+        settings=settings, protocol=protocol, bits=plan.widths() if plan else bits,
     )  # fmt: skip
+    if plan is not None:
+        resolved = load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
     images = known_to_all(group, images, images_from)
     policy = make_policy(
         device, precision, compile, parse_memory(memory) if isinstance(memory, str) else memory

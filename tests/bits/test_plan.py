@@ -10,7 +10,8 @@ from torch import nn
 
 from zsq.bits.choose import choose_bits
 from zsq.bits.costs import Budget, LayerFacts, cost_of
-from zsq.bits.plan import BitsPlan, layer_facts, read_plan
+from zsq.bits.layers import layer_facts
+from zsq.bits.plan import BitsPlan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import load_recipe
@@ -30,6 +31,12 @@ def teacher():
 @pytest.fixture(scope="module")
 def images(teacher):
     return labelled_images(teacher, 32)
+
+
+def planned(plan, teacher, recipe, **changes):
+    """Return a recipe with a plan put into effect, as a run does."""
+    resolved = load_recipe(recipe, bits=plan.widths(), **changes)
+    return load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
 
 
 INNER = ("a1", "a2", "proj", "b1", "b2")
@@ -161,7 +168,7 @@ def test_recipes_follow_the_file_layer_by_layer(teacher, images, recipe, tmp_pat
     plan = choose_bits(teacher, "4.0", recipe, bits="w4a3", images=images)
     assert len(set(plan.layers.values())) > 1
     few = [] if recipe == "zeroq" else ["tuning.steps=2", "tuning.batch=8"]
-    resolved = load_recipe(recipe, settings=few, **plan.changes(teacher))
+    resolved = planned(plan, teacher, recipe, settings=few)
     student = tune(teacher, attach(teacher, resolved), images)
     assert {path: layer.bits for path, layer in student.layers().items()} == plan.layers
     assert resolved.bits.activations == 3
@@ -175,7 +182,59 @@ def test_a_file_for_another_network_is_refused(teacher, images):
     with torch.no_grad():
         other.network.get_submodule("a1").weight.mul_(2)
     with pytest.raises(UsageError, match="another network"):
-        plan.changes(other)
+        planned(plan, other, "genie")
+
+
+FIXED = {"match": "a1", "weights": 6}
+
+
+def test_overrides_fix_layers_and_activations(teacher, images):
+    eight = {"match": "b?", "activations": 8}
+    recipe = load_recipe("zeroq", bits="w4a4", overrides=[eight, FIXED])
+    plan = choose_bits(teacher, "3.0", recipe, images=images)
+    assert plan.layers["a1"] == 6
+    assert plan.free == ("stem", "a2", "proj", "b1", "b2", "fc")
+    assert plan.average() <= 3
+    placement = attach(teacher, planned(plan, teacher, recipe)).placement
+    assert placement.weights == plan.layers
+    assert placement.activations == attach(teacher, recipe).placement.activations
+    assert 8 in placement.activations.values()
+    assert layer_facts(teacher, recipe)[0]["b1"].input_bits == 8
+
+
+def test_a_file_keeps_what_overrides_fixed_when_it_was_made(teacher, images):
+    recipe = load_recipe("zeroq", bits="w4a4", overrides=[FIXED])
+    plan = choose_bits(teacher, "3.0", recipe, images=images)
+    assert attach(teacher, planned(plan, teacher, "zeroq")).placement.weights == plan.layers
+    stem = load_recipe("genie", bits="w4a4", overrides=[{"match": "stem", "weights": 6}])
+    plan = choose_bits(teacher, "3.0", stem, images=images)
+    assert attach(teacher, planned(plan, teacher, "genie")).placement.weights["stem"] == 6
+
+
+def test_overrides_that_contradict_the_file_are_refused(teacher, images):
+    plan = choose_bits(teacher, "3.0", "zeroq", images=images, candidates=[2, 3])
+    with pytest.raises(
+        UsageError, match=r"'a1' \d bits and an override of recipe 'zeroq' fixes it to 6"
+    ):
+        planned(plan, teacher, "zeroq", overrides=[FIXED])
+
+
+@pytest.mark.parametrize(("made", "used"), [("genie", "hast+ait"), ("hast+ait", "genie")])
+def test_a_file_of_a_protocol_that_frees_other_layers_is_refused(teacher, images, made, used):
+    plan = choose_bits(teacher, "4.0", made, images=images)
+    wanted = load_recipe(used)
+    with pytest.raises(UsageError, match=r"fixes the bits of stem, fc; .*--protocol") as caught:
+        planned(plan, teacher, used)
+    assert f"zsq bits MODEL --recipe {used} --protocol {wanted.protocol}" in str(caught.value)
+    same = planned(plan, teacher, used, protocol=plan.protocol)
+    assert attach(teacher, same).placement.weights == plan.layers
+
+
+def test_protocols_that_free_the_same_layers_share_a_file(teacher, images):
+    plan = choose_bits(teacher, "4.0", "genie", images=images)
+    assert plan.protocol == "edges-8bit"
+    resolved = planned(plan, teacher, "genie", protocol="integer")
+    assert attach(teacher, resolved).placement.weights == plan.layers
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "layers: {a: 9}", "{format: 1}"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from zsq.bits.costs import Budget
 from zsq.bits.latency import measure_latency
-from zsq.bits.plan import BitsPlan, layer_facts, make_plan
+from zsq.bits.layers import layer_facts
+from zsq.bits.plan import BitsPlan, make_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
 from zsq.errors import UsageError
@@ -44,7 +45,8 @@ def choose_bits(
         budget: average bits per weight of the layers that the protocol leaves free (``4.0``), a size
             of all packed weights (``1.7MB``), bit operations of one image (``2.5GBOP``), or its time
             in ONNX Runtime on one thread (``1.3ms``, measured here and now).
-        recipe: whose protocol, preparation and rounding are used.
+        recipe: whose protocol, overrides, preparation and rounding are used; layers that its
+            overrides give weight bits are not free.
         bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
         protocol: None keeps the recipe's.
         candidates: bit-widths to choose from.
@@ -64,8 +66,9 @@ def choose_bits(
     facts, free = layer_facts(teacher, resolved)
     if not free:
         raise UsageError(
-            f"protocol {resolved.protocol!r} fixes the bits of all {len(facts)} layers of this network; "
-            "there is nothing to choose. Use --protocol all-low-bit."
+            f"protocol {resolved.protocol!r} and the recipe's {len(resolved.overrides)} overrides fix the bits "
+            f"of all {len(facts)} layers of this network; there is nothing to choose. Use --protocol "
+            "all-low-bit or drop overrides."
         )
     pictures = _pictures(teacher, images, context)
     with seeded(context.seed, "bits"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import glob
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +13,14 @@ from pydantic import Field, ValidationError
 
 from zsq.artifact.networkfile import fingerprint
 from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of
+from zsq.bits.layers import fixed_bits
 from zsq.bits.pareto import Choice, Frontier, monotone, pareto_frontier
 from zsq.config import Recipe
 from zsq.errors import UsageError
-from zsq.quantizers.protocol import origin, place
+from zsq.quantizers.protocol import place
 from zsq.runtime.files import atomic_write
 from zsq.settings import Bits, Override, Part
 from zsq.student import prepared_network
-from zsq.teacher.fold import calls, tensor_inputs
-from zsq.teacher.inspect import count_macs
-from zsq.teacher.layers import Layer
 from zsq.teacher.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class BitsPlan(Part):
     network: str
     """Hash of the network's graph and weights."""
     protocol: str
-    """The protocol that decided which layers are free."""
+    """The protocol that the layers were free under."""
     activations: Width
     kind: CostKind
     """What the budget bounds."""
@@ -61,7 +60,7 @@ class BitsPlan(Part):
     layers: dict[str, Width]
     """Every layer's bits."""
     free: tuple[str, ...]
-    """Layers whose bits were chosen; the protocol fixes the others."""
+    """Layers whose bits were chosen; protocol and overrides fix the others."""
     weights: dict[str, int]
     """Every layer's number of weights."""
     measured: dict[str, dict[int, float]]
@@ -88,24 +87,54 @@ class BitsPlan(Part):
 
         return plot_frontier(self)
 
-    def changes(self, teacher: Teacher) -> dict[str, object]:
-        """Return the recipe fields that put the plan into effect.
+    def widths(self) -> Bits:
+        """Return what stands for ``w4a4`` of a recipe: the rounded average, and activations."""
+        return Bits(weights=round(self.average()), activations=self.activations)
+
+    def overrides(self, teacher: Teacher, recipe: Recipe) -> tuple[Override, ...]:
+        """Return the recipe's overrides with those that put the plan into effect behind them.
+
+        Activations that the recipe overrides stay as they are. What it fixes the plan has to agree
+        with: the name of its protocol says what first and last layers get, and its overrides are
+        the user's word.
+
+        Args:
+            teacher: the network to be quantized.
+            recipe: loaded with the plan's `widths` as its bits.
 
         Raises:
-            UsageError: the plan is for another network.
+            UsageError: the plan is for another network, its protocol leaves other layers free than
+                the recipe's, or the recipe's overrides fix a layer to other bits.
         """
         if fingerprint(teacher.network) != self.network:
             raise UsageError(
                 f"the bits file was made for another network ({self.model}, {len(self.layers)} layers) than "
                 f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
             )
-        return {
-            "bits": Bits(weights=round(self.average()), activations=self.activations),
-            "overrides": [
-                Override(match=glob.escape(path), weights=bits).model_dump()
-                for path, bits in self.layers.items()
-            ],
-        }
+        network = prepared_network(teacher, recipe)
+        ours, theirs = fixed_bits(network, self.protocol), fixed_bits(network, recipe.protocol)
+        apart = [path for path in self.layers if (path in ours) != (path in theirs)]
+        if apart:
+            raise UsageError(
+                f"the bits file was made under protocol {self.protocol} and recipe {recipe.name!r} has "
+                f"{recipe.protocol}, of which only one fixes the bits of {_listed(apart)}; make one with "
+                f"`zsq bits MODEL --recipe {recipe.name} --protocol {recipe.protocol}`, or quantize with "
+                f"`--protocol {self.protocol}`."
+            )
+        for path, bits in self.layers.items():
+            wanted = [
+                o.weights for o in recipe.overrides if o.weights and fnmatchcase(path, o.match)
+            ]
+            if wanted and wanted[-1] != bits:
+                raise UsageError(
+                    f"the bits file gives layer {path!r} {bits} bits and an override of recipe {recipe.name!r} "
+                    f"fixes it to {wanted[-1]}; drop the override (--set 'overrides=[]'), or write it into a "
+                    "recipe file and make the bits file with `zsq bits MODEL --recipe FILE`."
+                )
+        own = (
+            Override(match=glob.escape(path), weights=bits) for path, bits in self.layers.items()
+        )
+        return (*recipe.overrides, *own)
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -142,26 +171,6 @@ def read_plan(bits: str | None) -> BitsPlan | None:
     return BitsPlan.load(Path(bits)) if bits is not None and is_file else None
 
 
-def layer_facts(teacher: Teacher, recipe: Recipe) -> tuple[dict[str, LayerFacts], list[str]]:
-    """Return what each layer's cost depends on, and the layers whose bits the protocol leaves free."""
-    network = prepared_network(teacher, recipe)
-    # a layer is free where its bits follow the recipe's
-    low, high = (
-        place(network, recipe.protocol, Bits(weights=w, activations=recipe.bits.activations))
-        for w in (2, 7)
-    )
-    macs, nodes = count_macs(network, teacher.info.input_shape), calls(network)
-    facts = {}
-    for path in low.weights:
-        layer = network.get_submodule(path)
-        assert isinstance(layer, Layer)
-        source = origin(tensor_inputs(nodes[path][0])[0]).name
-        facts[path] = LayerFacts(
-            layer.weight.numel(), macs.get(path, 0), low.activations.get(source, 32)
-        )
-    return facts, [path for path in low.weights if low.weights[path] != high.weights[path]]
-
-
 def make_plan(
     teacher: Teacher, recipe: Recipe, budget: Budget, measured: dict[str, dict[int, float]],
     facts: dict[str, LayerFacts],
@@ -170,8 +179,8 @@ def make_plan(
 
     Args:
         teacher: whose layers.
-        recipe: names protocol and activation bits.
-        budget: over the free layers; a size counts the layers that the protocol fixes too.
+        recipe: names protocol, activation bits and the layers that overrides fix.
+        budget: an average is over the free layers; all others count the fixed layers too.
         measured: sensitivities of the free layers.
         facts: of every layer.
 
@@ -184,7 +193,7 @@ def make_plan(
     costs = [{b: cost_of(facts[path], b, kind) for b in smoothed[path]} for path in free]
     frontier = pareto_frontier(costs, [smoothed[path] for path in free])
     network = prepared_network(teacher, recipe)
-    fixed = place(network, recipe.protocol, recipe.bits).weights
+    fixed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
     choice = _chosen(frontier, budget, free, facts, fixed)
     return BitsPlan(
         model=teacher.info.reference, network=fingerprint(teacher.network), protocol=recipe.protocol,
@@ -218,7 +227,12 @@ def _chosen(
 def _of_fixed(budget: Budget, taken: float) -> str:
     if not taken:
         return ""
-    return f", {Budget(budget.kind, taken)} of it layers that the protocol fixes"
+    return f", {Budget(budget.kind, taken)} of it layers whose bits are fixed"
+
+
+def _listed(paths: list[str]) -> str:
+    """Name layers, a few of them where they are many."""
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _points(frontier: Frontier) -> tuple[Point, ...]:
