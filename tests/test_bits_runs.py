@@ -39,8 +39,9 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"bits.yaml", "bits_frontier.png", "bits_sensitivity.png"} <= names
-    kinds = {i.data_type for i in onnx.load(tmp_path / "run" / "model.onnx").graph.initializer}
-    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= kinds
+    stored = onnx.load(tmp_path / "run" / "model.onnx").graph.initializer
+    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= {i.data_type for i in stored}
+    assert sum(len(i.raw_data) for i in stored if len(i.dims) > 1) == plan["onnx_bytes"]
 
 
 def test_set_overrides_and_a_file_go_together_or_are_refused(model, tmp_path, monkeypatch, capsys):
@@ -65,7 +66,7 @@ def test_bits_are_shown_as_tables(model, tmp_path, monkeypatch, capsys):
     code, out, _ = zsq(monkeypatch, capsys, "bits", model, "--budget", "2kB", *SHAPE, "--quiet",
                        "--images-from", tmp_path / "i.safetensors")  # fmt: skip
     assert code == 0
-    for text in ("frontier", "fixed", "bits per weight"):
+    for text in ("frontier", "fixed", "bits per weight", "in the ONNX file", "packed"):
         assert text in out
 
 

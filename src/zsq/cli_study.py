@@ -106,7 +106,8 @@ def bits(
     model: Model,
     budget: Annotated[str, typer.Option("--budget", help=(
         "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
-        "(1.7MB), bit operations of one image (2.5GBOP), or its time in ONNX Runtime (1.3ms)."))],
+        "in the ONNX file, INT4 up to 4 bits and INT8 above (1.7MB), bit operations of one image (2.5GBOP), or "
+        "its time in ONNX Runtime (1.3ms)."))],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(
         "Folder for bits.yaml and its pictures."))] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",

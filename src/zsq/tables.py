@@ -197,8 +197,9 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
     yield table
     yield (
         f"average {plan.average():.3f} bits per weight of the {len(plan.free)} free layers; all weights "
-        f"{size(plan.bytes())}; summed sensitivity {plan.sensitivity:.4g}"
-        f"{'' if plan.exact else ' (frontier thinned out: not exact)'}."
+        f"{size(plan.onnx_bytes())} in the ONNX file (INT4 up to 4 bits, INT8 above; scales, biases and the "
+        f"graph come on top), {size(plan.bytes())} packed in student.safetensors; summed "
+        f"sensitivity {plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from zsq.bits.choose import choose_bits
 from zsq.bits.costs import Budget, LayerFacts, cost_of
 from zsq.bits.layers import layer_facts
-from zsq.bits.plan import BitsPlan, read_plan
+from zsq.bits.plan import BitsPlan, make_plan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import load_recipe
@@ -80,13 +80,23 @@ def test_a_choice_is_no_more_sensitive_than_uniform_bits(teacher, images):
 
 def test_a_size_counts_all_weights(teacher, images):
     facts = layer_facts(teacher, load_recipe("genie"))[0]
-    fixed = (facts["stem"].weights + facts["fc"].weights) * 8 / 8
+    fixed = facts["stem"].weights + facts["fc"].weights
     free = sum(facts[path].weights for path in INNER)
-    budget = fixed + free * 5 / 8
+    budget = fixed + 0.75 * free
     plan = choose_bits(teacher, f"{budget / 1e3}kB", images=images)
-    assert plan.bytes() <= budget + len(plan.layers)
-    assert plan.average() <= 5
-    assert plan.average() > 4
+    assert fixed + free / 2 < plan.onnx_bytes() <= budget
+    assert plan.bytes() <= plan.onnx_bytes() == plan.to_dict()["onnx_bytes"]
+    with pytest.raises(UsageError, match="smallest possible"):
+        choose_bits(teacher, f"{(fixed + 0.4 * free) / 1e3}kB", images=images)
+
+
+def test_widths_that_are_stored_alike_give_the_widest(teacher, images):
+    facts = layer_facts(teacher, load_recipe("genie"))[0]
+    flat = {path: dict.fromkeys((2, 3, 4, 8), 0.5) for path in INNER}
+    plan = make_plan(teacher, load_recipe("genie"), Budget("size", 1e6), flat, facts)[0]
+    assert {plan.layers[path] for path in INNER} == {4}, "8 bits would cost more for nothing"
+    plan = choose_bits(teacher, "1MB", images=images, candidates=[2, 3, 4])
+    assert {plan.layers[path] for path in INNER} == {4}
 
 
 def test_bit_operations_count_both_operands(teacher):

@@ -41,8 +41,9 @@ class Budget:
     """A bound on a cost.
 
     Attributes:
-        kind: ``average`` bits per weight, ``size`` in bytes of packed weights, ``bops`` bit
-            operations of one image (multiply-accumulates times both bit-widths), or ``latency`` in
+        kind: ``average`` bits per weight, ``size`` in bytes of weights as the ONNX file stores them
+            (see `stored_bytes`; scales, biases and the graph come on top), ``bops`` bit operations
+            of one image (multiply-accumulates times both bit-widths), or ``latency`` in
             milliseconds.
         amount: the bound.
     """
@@ -81,6 +82,18 @@ class Budget:
         return text[self.kind]
 
 
+def stored_bytes(weights: int, bits: int) -> int:
+    """Return the bytes that weights of a bit-width take in an ONNX file: INT4 up to 4 bits, INT8 above.
+
+    ``student.safetensors`` packs them to their own width and may be smaller.
+
+    Example:
+        >>> [stored_bytes(1000, bits) for bits in (2, 4, 5, 8)]
+        [500, 500, 1000, 1000]
+    """
+    return -(-weights // 2) if bits <= 4 else weights
+
+
 def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
     """Return a layer's cost at a bit-width; for ``average`` its weights' bits.
 
@@ -94,7 +107,7 @@ def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
     if kind == "average":
         return float(facts.weights * bits)
     if kind == "size":
-        return facts.weights * bits / 8
+        return float(stored_bytes(facts.weights, bits))
     if kind == "bops":
         return float(facts.macs * bits * facts.input_bits)
     if facts.milliseconds is None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from zsq.artifact.networkfile import fingerprint
-from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of
+from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of, stored_bytes
 from zsq.bits.layers import fixed_bits
 from zsq.bits.pareto import Choice, Frontier, monotone, pareto_frontier
 from zsq.config import Recipe
@@ -74,12 +74,17 @@ class BitsPlan(Part):
         return sum(self.weights[path] * self.layers[path] for path in self.free) / count
 
     def bytes(self) -> int:
-        """Return the size of all packed weights."""
+        """Return the size of all weights packed to their own widths, as ``student.safetensors`` has them."""
         return sum(-(-self.weights[path] * bits // 8) for path, bits in self.layers.items())
 
+    def onnx_bytes(self) -> int:
+        """Return the size of all weights in the ONNX file, what a budget of a size bounds."""
+        return sum(stored_bytes(self.weights[path], bits) for path, bits in self.layers.items())
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain data, with its average and its size."""
-        return self.model_dump(mode="json") | {"average": self.average(), "bytes": self.bytes()}
+        """Return the plan as plain data, with its average and its sizes."""
+        own = {"average": self.average(), "bytes": self.bytes(), "onnx_bytes": self.onnx_bytes()}
+        return self.model_dump(mode="json") | own
 
     def plot(self) -> Figure:
         """Draw the frontier with the chosen point; `zsq.bits.plots` has the sensitivities too."""
@@ -190,8 +195,9 @@ def make_plan(
     free = list(measured)
     kind = budget.kind
     smoothed = {path: monotone(values) for path, values in measured.items()}
-    costs = [{b: cost_of(facts[path], b, kind) for b in smoothed[path]} for path in free]
-    frontier = pareto_frontier(costs, [smoothed[path] for path in free])
+    costs = [_distinct({b: cost_of(facts[path], b, kind) for b in smoothed[path]}) for path in free]
+    losses = [{b: smoothed[path][b] for b in own} for path, own in zip(free, costs, strict=True)]
+    frontier = pareto_frontier(costs, losses)
     network = prepared_network(teacher, recipe)
     fixed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
     choice = _chosen(frontier, budget, free, facts, fixed)
@@ -203,6 +209,12 @@ def make_plan(
         weights={path: fact.weights for path, fact in facts.items()}, measured=measured,
         frontier=_points(frontier),
     ), frontier  # fmt: skip
+
+
+def _distinct(costs: dict[int, float]) -> dict[int, float]:
+    """Keep the widest of the bit-widths that cost the same, as INT4 makes 2, 3 and 4 do."""
+    widest = {costs[bits]: bits for bits in sorted(costs)}
+    return {bits: cost for cost, bits in widest.items()}
 
 
 def _chosen(
@@ -251,6 +263,6 @@ def _points(frontier: Frontier) -> tuple[Point, ...]:
 def cost_label(kind: CostKind) -> str:
     """Say what a cost is, for an axis."""
     return {
-        "average": "bits of all weights", "size": "bytes of weights", "bops": "bit operations an image",
-        "latency": "milliseconds an image",
+        "average": "bits of all weights", "size": "bytes of weights in the ONNX file",
+        "bops": "bit operations an image", "latency": "milliseconds an image",
     }[kind]  # fmt: skip
