@@ -12,7 +12,8 @@ from rich.table import Table
 
 from zsq.analysis.curvature import Curvature
 from zsq.analysis.layers import Diagnosis
-from zsq.bits.plan import BitsPlan, cost_label
+from zsq.bits.costs import cost_label, shown_cost
+from zsq.bits.plan import BitsPlan
 from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
 from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
@@ -185,7 +186,7 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
     frontier = new_table("frontier", cost_label(plan.kind), "summed sensitivity (nats)")
     shown = plan.frontier[:: max(len(plan.frontier) // 15, 1)]
     for point in shown:
-        frontier.add_row(f"{point.cost:.6g}", f"{point.sensitivity:.4g}")
+        frontier.add_row(f"{shown_cost(plan.kind, point.cost):.6g}", f"{point.sensitivity:.4g}")
     yield frontier
     table = new_table(f"bits for {escape(plan.model)}, {plan.protocol}, {plan.budget}",
                    "layer", "weights", "bits", "sensitivity there", "at 4 bits")  # fmt: skip

@@ -9,7 +9,7 @@ from helpers.students import labelled_images, teacher_of
 from torch import nn
 
 from zsq.bits.choose import choose_bits
-from zsq.bits.costs import Budget, LayerFacts, cost_of
+from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
 from zsq.bits.layers import layer_facts
 from zsq.bits.plan import BitsPlan, make_plan, read_plan
 from zsq.bits.plots import write_plan
@@ -20,6 +20,7 @@ from zsq.quantizers.minmax import MinMaxWeight
 from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
+from zsq.tables import bits_tables
 from zsq.teacher.teacher import Teacher
 
 
@@ -90,10 +91,35 @@ def test_a_size_counts_all_weights(teacher, images):
         choose_bits(teacher, f"{(fixed + 0.4 * free) / 1e3}kB", images=images)
 
 
+@pytest.mark.parametrize(
+    ("budget", "label"),
+    [("3.5", "average bits per weight, free layers"), ("4kB", "MB of weights in the ONNX file"),
+     ("0.005GBOP", "GBOP an image")],
+)  # fmt: skip
+def test_costs_are_in_the_budgets_unit_with_fixed_layers(teacher, images, budget, label):
+    plan = choose_bits(teacher, budget, "genie", images=images)
+    facts = layer_facts(teacher, load_recipe("genie"))[0]
+    whole = {
+        "average": plan.average(), "size": plan.onnx_bytes(),
+        "bops": sum(cost_of(facts[path], bits, "bops") for path, bits in plan.layers.items()),
+    }[plan.kind]  # fmt: skip
+    assert plan.cost == pytest.approx(whole)
+    assert plan.cost <= Budget.parse(budget).amount
+    assert plan.cost in [pytest.approx(point.cost) for point in plan.frontier]
+    axes = plan.plot().axes[0]
+    assert axes.get_xlabel() == label
+    chosen = axes.get_lines()[-1].get_xdata()[0]
+    assert chosen == pytest.approx(shown_cost(plan.kind, whole))
+    table = next(iter(bits_tables(plan)))
+    assert table.columns[0].header == label
+    first = shown_cost(plan.kind, plan.frontier[0].cost)
+    assert next(iter(table.columns[0].cells)) == f"{first:.6g}"
+
+
 def test_widths_that_are_stored_alike_give_the_widest(teacher, images):
     facts = layer_facts(teacher, load_recipe("genie"))[0]
     flat = {path: dict.fromkeys((2, 3, 4, 8), 0.5) for path in INNER}
-    plan = make_plan(teacher, load_recipe("genie"), Budget("size", 1e6), flat, facts)[0]
+    plan = make_plan(teacher, load_recipe("genie"), Budget("size", 1e6), flat, facts)
     assert {plan.layers[path] for path in INNER} == {4}, "8 bits would cost more for nothing"
     plan = choose_bits(teacher, "1MB", images=images, candidates=[2, 3, 4])
     assert {plan.layers[path] for path in INNER} == {4}

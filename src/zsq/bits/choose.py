@@ -81,7 +81,7 @@ def choose_bits(
         if wanted.kind == "latency":
             times = measure_latency(prepared, resolved, pictures, sorted({*chosen, 8}), context)
             facts = {path: replace(fact, milliseconds=times[path]) for path, fact in facts.items()}
-    return make_plan(teacher, resolved, wanted, measured, facts)[0]
+    return make_plan(teacher, resolved, wanted, measured, facts)
 
 
 def _checked(candidates: Sequence[int]) -> list[int]:

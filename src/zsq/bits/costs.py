@@ -17,6 +17,11 @@ _UNITS: dict[str, tuple[CostKind, float]] = {
     "gb": ("size", 1e9), "mbop": ("bops", 1e6), "gbop": ("bops", 1e9), "tbop": ("bops", 1e12),
     "ms": ("latency", 1.0),
 }  # fmt: skip
+_SHOWN: dict[CostKind, tuple[str, float]] = {
+    "average": ("average bits per weight, free layers", 1.0),
+    "size": ("MB of weights in the ONNX file", 1e6), "bops": ("GBOP an image", 1e9),
+    "latency": ("ms an image", 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,18 @@ def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
             "a budget in milliseconds needs latencies that were measured (zsq.bits.latency)."
         )
     return facts.milliseconds[bits]
+
+
+def cost_label(kind: CostKind) -> str:
+    """Say what `shown_cost` is, for an axis or a column."""
+    return _SHOWN[kind][0]
+
+
+def shown_cost(kind: CostKind, cost: float) -> float:
+    """Return a budget's amount as people read it.
+
+    Example:
+        >>> shown_cost("size", 1_500_000)
+        1.5
+    """
+    return cost / _SHOWN[kind][1]

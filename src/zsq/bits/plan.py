@@ -26,14 +26,14 @@ from zsq.teacher.teacher import Teacher
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = 1
+FORMAT = 2
 #: Points of the frontier that a file keeps for its picture.
 POINTS = 200
 Width = Annotated[int, Field(ge=2, le=8)]
 
 
 class Point(Part):
-    """One point of the frontier: cost and summed sensitivity."""
+    """One point of the frontier: cost in the budget's unit, and summed sensitivity."""
 
     cost: float
     sensitivity: float
@@ -54,7 +54,7 @@ class BitsPlan(Part):
     """What the budget bounds."""
     budget: str
     cost: float
-    """Of the layers that were free, in the budget's unit (``average``: bits times weights)."""
+    """In the budget's unit: average bits of the free layers, or bytes, bit operations or milliseconds of all."""
     sensitivity: float
     exact: bool = True
     layers: dict[str, Width]
@@ -179,7 +179,7 @@ def read_plan(bits: str | None) -> BitsPlan | None:
 def make_plan(
     teacher: Teacher, recipe: Recipe, budget: Budget, measured: dict[str, dict[int, float]],
     facts: dict[str, LayerFacts],
-) -> tuple[BitsPlan, Frontier]:  # fmt: skip
+) -> BitsPlan:  # fmt: skip
     """Choose the bits of the free layers.
 
     Args:
@@ -200,15 +200,16 @@ def make_plan(
     frontier = pareto_frontier(costs, losses)
     network = prepared_network(teacher, recipe)
     fixed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
-    choice = _chosen(frontier, budget, free, facts, fixed)
+    taken, scale = _unit(kind, free, facts, fixed)
+    choice = _chosen(frontier, budget, taken, scale)
     return BitsPlan(
         model=teacher.info.reference, network=fingerprint(teacher.network), protocol=recipe.protocol,
-        activations=recipe.bits.activations, kind=kind, budget=str(budget), cost=choice.cost,
-        sensitivity=choice.sensitivity, exact=frontier.exact,
+        activations=recipe.bits.activations, kind=kind, budget=str(budget),
+        cost=(choice.cost + taken) / scale, sensitivity=choice.sensitivity, exact=frontier.exact,
         layers=fixed | dict(zip(free, choice.bits, strict=True)), free=tuple(free),
         weights={path: fact.weights for path, fact in facts.items()}, measured=measured,
-        frontier=_points(frontier),
-    ), frontier  # fmt: skip
+        frontier=_points(frontier, taken, scale),
+    )  # fmt: skip
 
 
 def _distinct(costs: dict[int, float]) -> dict[int, float]:
@@ -217,23 +218,26 @@ def _distinct(costs: dict[int, float]) -> dict[int, float]:
     return {bits: cost for cost, bits in widest.items()}
 
 
-def _chosen(
-    frontier: Frontier, budget: Budget, free: list[str], facts: dict[str, LayerFacts],
-    fixed: dict[str, int],
-) -> Choice:  # fmt: skip
+def _unit(
+    kind: CostKind, free: list[str], facts: dict[str, LayerFacts], fixed: dict[str, int]
+) -> tuple[float, float]:
+    """Return what makes costs of the free layers amounts of a budget: an addend and a divisor."""
+    if kind == "average":
+        return 0.0, float(sum(facts[path].weights for path in free))
+    rest = (path for path in fixed if path not in free)
+    return sum(cost_of(facts[path], fixed[path], kind) for path in rest), 1.0
+
+
+def _chosen(frontier: Frontier, budget: Budget, taken: float, scale: float) -> Choice:
     """Return the best choice within a budget, said in the budget's own unit where there is none."""
-    rest = [path for path in fixed if path not in free]
-    taken = 0.0
-    if budget.kind != "average":
-        taken = sum(cost_of(facts[path], fixed[path], budget.kind) for path in rest)
-    scale = sum(facts[path].weights for path in free) if budget.kind == "average" else 1.0
-    smallest = Budget(budget.kind, (float(frontier.costs[0]) + taken) / scale)
+    cheapest = float(frontier.costs[0])
+    smallest = Budget(budget.kind, (cheapest + taken) / scale)
     if budget.amount * (1 + 1e-9) < smallest.amount:
         raise UsageError(
             f"no choice of bits meets {budget}; the smallest possible is {smallest}"
             f"{_of_fixed(budget, taken)}. Raise --budget or allow fewer bits with --candidates."
         )
-    return frontier.within(budget.amount * scale - taken)
+    return frontier.within(max(budget.amount * scale - taken, cheapest))
 
 
 def _of_fixed(budget: Budget, taken: float) -> str:
@@ -247,7 +251,7 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _points(frontier: Frontier) -> tuple[Point, ...]:
+def _points(frontier: Frontier, taken: float, scale: float) -> tuple[Point, ...]:
     count = len(frontier)
     places = sorted(
         {round(i * (count - 1) / max(POINTS - 1, 1)) for i in range(min(POINTS, count))}
@@ -255,14 +259,9 @@ def _points(frontier: Frontier) -> tuple[Point, ...]:
     if count <= POINTS:
         places = list(range(count))
     return tuple(
-        Point(cost=float(frontier.costs[i]), sensitivity=float(frontier.sensitivities[i]))
+        Point(
+            cost=(float(frontier.costs[i]) + taken) / scale,
+            sensitivity=float(frontier.sensitivities[i]),
+        )
         for i in places
     )
-
-
-def cost_label(kind: CostKind) -> str:
-    """Say what a cost is, for an axis."""
-    return {
-        "average": "bits of all weights", "size": "bytes of weights in the ONNX file",
-        "bops": "bit operations an image", "latency": "milliseconds an image",
-    }[kind]  # fmt: skip

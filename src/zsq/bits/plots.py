@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zsq.bits.plan import BitsPlan, cost_label
+from zsq.bits.costs import cost_label, shown_cost
+from zsq.bits.plan import BitsPlan
 from zsq.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -20,12 +21,15 @@ def plot_frontier(plan: BitsPlan) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.step(
-        [p.cost for p in plan.frontier], [p.sensitivity for p in plan.frontier], where="post",
-        marker=".", markersize=3, linewidth=1, label="best choices",
+        [shown_cost(plan.kind, p.cost) for p in plan.frontier],
+        [p.sensitivity for p in plan.frontier], where="post", marker=".", markersize=3, linewidth=1,
+        label="best choices",
     )  # fmt: skip
-    axes.plot(plan.cost, plan.sensitivity, "o", label=f"chosen for {plan.budget}")
+    axes.plot(
+        shown_cost(plan.kind, plan.cost), plan.sensitivity, "o", label=f"chosen for {plan.budget}"
+    )
     axes.set(
-        xlabel=f"{cost_label(plan.kind)}, free layers", yscale="log",
+        xlabel=cost_label(plan.kind), yscale="log",
         ylabel="summed sensitivity (KL, nats)", title=plan.model,
     )  # fmt: skip
     axes.grid(visible=True, alpha=0.3)
