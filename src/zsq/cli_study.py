@@ -107,7 +107,7 @@ def bits(
     budget: Annotated[str, typer.Option("--budget", help=(
         "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
         "in the ONNX file, INT4 up to 4 bits and INT8 above (1.7MB), bit operations of one image (2.5GBOP), or "
-        "its time in ONNX Runtime (1.3ms)."))],
+        "its time in ONNX Runtime on one thread (1.3ms, added up from each layer's share of a run)."))],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(
         "Folder for bits.yaml and its pictures."))] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",

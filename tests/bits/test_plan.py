@@ -10,6 +10,7 @@ from torch import nn
 
 from zsq.bits.choose import choose_bits
 from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
+from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
 from zsq.bits.plan import BitsPlan, make_plan, read_plan
 from zsq.bits.plots import write_plan
@@ -179,6 +180,18 @@ def test_latency_is_read_off_the_runtimes_profile(teacher, images):
     assert set(plan.layers.values()) == {8}, "in ONNX Runtime fewer bits are no faster"
     with pytest.raises(UsageError, match=r"smallest possible is .*ms"):
         choose_bits(teacher, "0.0001ms", images=images, candidates=[4, 8])
+
+
+def test_latencies_add_up_to_a_run_without_the_profiler(teacher, images, monkeypatch):
+    monkeypatch.setattr("zsq.bits.latency._whole", lambda file, image: 7.0)
+    eight = {"match": "b2", "activations": 8}
+    recipe = load_recipe("genie", bits="w4a4", overrides=[eight])
+    times = measure_latency(teacher, recipe, images, [4, 8], Context())
+    assert set(times) == {"stem", *INNER, "fc"}
+    assert sum(values[8] for values in times.values()) == pytest.approx(7)
+    assert all(0 < values[4] <= values[8] for values in times.values())
+    plan = choose_bits(teacher, "7.001ms", recipe, images=images, candidates=[4, 8])
+    assert plan.cost == pytest.approx(7), "fixed layers and layers without a choice are part of it"
 
 
 @pytest.mark.parametrize("candidates", [[1, 4], [4, 9], []])

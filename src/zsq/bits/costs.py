@@ -32,7 +32,8 @@ class LayerFacts:
         weights: number of weights.
         macs: multiply-accumulates of one image.
         input_bits: of the tensor it reads; 32 where that is float.
-        milliseconds: measured per bit-width, where it was measured.
+        milliseconds: the layer's share of a run of the whole network, per bit-width, where it was
+            measured (`zsq.bits.latency`).
     """
 
     weights: int
@@ -49,7 +50,7 @@ class Budget:
         kind: ``average`` bits per weight, ``size`` in bytes of weights as the ONNX file stores them
             (see `stored_bytes`; scales, biases and the graph come on top), ``bops`` bit operations
             of one image (multiply-accumulates times both bit-widths), or ``latency`` in
-            milliseconds.
+            milliseconds: one image on one thread of ONNX Runtime, added up from the layers' shares.
         amount: the bound.
     """
 
