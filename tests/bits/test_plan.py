@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sensitivity, budgets, and the bits file, on a small network."""
+"""Sensitivity, and the bits file, on a small network."""
 
 import copy
 
 import pytest
 import torch
-from helpers.students import labelled_images, teacher_of
+from helpers.students import labelled_images, planned, teacher_of
 from torch import nn
 
 from zsq.bits.choose import choose_bits
-from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
-from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
-from zsq.bits.plan import BitsPlan, make_plan, read_plan
+from zsq.bits.plan import BitsPlan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import load_recipe
@@ -21,7 +19,6 @@ from zsq.quantizers.minmax import MinMaxWeight
 from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
-from zsq.tables import bits_tables
 from zsq.teacher.teacher import Teacher
 
 
@@ -33,12 +30,6 @@ def teacher():
 @pytest.fixture(scope="module")
 def images(teacher):
     return labelled_images(teacher, 32)
-
-
-def planned(plan, teacher, recipe, **changes):
-    """Return a recipe with a plan put into effect, as a run does."""
-    resolved = load_recipe(recipe, bits=plan.widths(), **changes)
-    return load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
 
 
 INNER = ("a1", "a2", "proj", "b1", "b2")
@@ -78,120 +69,6 @@ def test_the_protocol_fixes_the_edges(teacher, images):
 def test_a_choice_is_no_more_sensitive_than_uniform_bits(teacher, images):
     plan = choose_bits(teacher, "4.0", images=images)
     assert plan.sensitivity <= sum(values[4] for values in plan.measured.values()) + 1e-9
-
-
-def test_a_size_counts_all_weights(teacher, images):
-    facts = layer_facts(teacher, load_recipe("genie"))[0]
-    fixed = facts["stem"].weights + facts["fc"].weights
-    free = sum(facts[path].weights for path in INNER)
-    budget = fixed + 0.75 * free
-    plan = choose_bits(teacher, f"{budget / 1e3}kB", images=images)
-    assert fixed + free / 2 < plan.onnx_bytes() <= budget
-    assert plan.bytes() <= plan.onnx_bytes() == plan.to_dict()["onnx_bytes"]
-    with pytest.raises(UsageError, match="smallest possible"):
-        choose_bits(teacher, f"{(fixed + 0.4 * free) / 1e3}kB", images=images)
-
-
-@pytest.mark.parametrize(
-    ("budget", "label"),
-    [("3.5", "average bits per weight, free layers"), ("4kB", "MB of weights in the ONNX file"),
-     ("0.005GBOP", "GBOP an image")],
-)  # fmt: skip
-def test_costs_are_in_the_budgets_unit_with_fixed_layers(teacher, images, budget, label):
-    plan = choose_bits(teacher, budget, "genie", images=images)
-    facts = layer_facts(teacher, load_recipe("genie"))[0]
-    whole = {
-        "average": plan.average(), "size": plan.onnx_bytes(),
-        "bops": sum(cost_of(facts[path], bits, "bops") for path, bits in plan.layers.items()),
-    }[plan.kind]  # fmt: skip
-    assert plan.cost == pytest.approx(whole)
-    assert plan.cost <= Budget.parse(budget).amount
-    assert plan.cost in [pytest.approx(point.cost) for point in plan.frontier]
-    axes = plan.plot().axes[0]
-    assert axes.get_xlabel() == label
-    chosen = axes.get_lines()[-1].get_xdata()[0]
-    assert chosen == pytest.approx(shown_cost(plan.kind, whole))
-    table = next(iter(bits_tables(plan)))
-    assert table.columns[0].header == label
-    first = shown_cost(plan.kind, plan.frontier[0].cost)
-    assert next(iter(table.columns[0].cells)) == f"{first:.6g}"
-
-
-def test_widths_that_are_stored_alike_give_the_widest(teacher, images):
-    facts = layer_facts(teacher, load_recipe("genie"))[0]
-    flat = {path: dict.fromkeys((2, 3, 4, 8), 0.5) for path in INNER}
-    plan = make_plan(teacher, load_recipe("genie"), Budget("size", 1e6), flat, facts)
-    assert {plan.layers[path] for path in INNER} == {4}, "8 bits would cost more for nothing"
-    plan = choose_bits(teacher, "1MB", images=images, candidates=[2, 3, 4])
-    assert {plan.layers[path] for path in INNER} == {4}
-
-
-def test_bit_operations_count_both_operands(teacher):
-    facts = layer_facts(teacher, load_recipe("genie", bits="w4a3"))[0]
-    assert facts["stem"].input_bits == 32
-    assert facts["a1"].input_bits == 8
-    assert facts["a2"].input_bits == 3
-    assert facts["fc"].input_bits == 8
-    assert facts["b1"].macs == 6 * 6 * 9 * 16
-    assert cost_of(facts["b1"], 5, "bops") == 6 * 6 * 9 * 16 * 5 * facts["b1"].input_bits
-
-
-def test_a_budget_in_operations_favours_layers_with_few(teacher, images):
-    plan = choose_bits(teacher, "1GBOP", images=images, candidates=[2, 8])
-    assert set(plan.layers.values()) == {8}
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "amount"),
-    [("4", "average", 4), ("3.5", "average", 3.5), ("900kB", "size", 9e5), ("1.7 MB", "size", 1.7e6),
-     ("2GBOP", "bops", 2e9), ("2GBOPs", "bops", 2e9), ("1.3ms", "latency", 1.3)],
-)  # fmt: skip
-def test_budgets_are_read_as_people_write_them(text, kind, amount):
-    assert Budget.parse(text) == Budget(kind, pytest.approx(amount))
-
-
-@pytest.mark.parametrize("text", ["", "many", "-4", "0", "4 apples", "MB"])
-def test_other_budgets_are_refused(text):
-    with pytest.raises(UsageError, match=r"4\.0.*1\.7MB"):
-        Budget.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("budget", "smallest"), [("1.9", "2 bits per weight"), ("0.1kB", "MB"), ("1e3MBOP", None)]
-)
-def test_a_budget_that_nothing_meets_says_the_smallest_possible(teacher, images, budget, smallest):
-    if smallest is None:
-        choose_bits(teacher, budget, images=images)
-        return
-    with pytest.raises(UsageError, match=f"smallest possible is .*{smallest}"):
-        choose_bits(teacher, budget, images=images)
-
-
-def test_latency_must_be_measured_first():
-    with pytest.raises(UsageError, match="milliseconds"):
-        cost_of(LayerFacts(1, 1, 8), 4, "latency")
-    assert cost_of(LayerFacts(1, 1, 8, {4: 0.5}), 4, "latency") == 0.5
-
-
-def test_latency_is_read_off_the_runtimes_profile(teacher, images):
-    plan = choose_bits(teacher, "50ms", images=images, candidates=[4, 8])
-    assert plan.kind == "latency"
-    assert 0 < plan.cost < 50
-    assert set(plan.layers.values()) == {8}, "in ONNX Runtime fewer bits are no faster"
-    with pytest.raises(UsageError, match=r"smallest possible is .*ms"):
-        choose_bits(teacher, "0.0001ms", images=images, candidates=[4, 8])
-
-
-def test_latencies_add_up_to_a_run_without_the_profiler(teacher, images, monkeypatch):
-    monkeypatch.setattr("zsq.bits.latency._whole", lambda file, image: 7.0)
-    eight = {"match": "b2", "activations": 8}
-    recipe = load_recipe("genie", bits="w4a4", overrides=[eight])
-    times = measure_latency(teacher, recipe, images, [4, 8], Context())
-    assert set(times) == {"stem", *INNER, "fc"}
-    assert sum(values[8] for values in times.values()) == pytest.approx(7)
-    assert all(0 < values[4] <= values[8] for values in times.values())
-    plan = choose_bits(teacher, "7.001ms", recipe, images=images, candidates=[4, 8])
-    assert plan.cost == pytest.approx(7), "fixed layers and layers without a choice are part of it"
 
 
 @pytest.mark.parametrize("candidates", [[1, 4], [4, 9], []])

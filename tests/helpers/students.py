@@ -53,6 +53,12 @@ def tuned(teacher, *settings, images=None, context=None, **changes):
     return reconstruct(teacher, student, images or image_set(), context or Context())
 
 
+def planned(plan, teacher, recipe, **changes):
+    """Return a recipe with a plan put into effect, as a run does."""
+    resolved = load_recipe(recipe, bits=plan.widths(), **changes)
+    return load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
+
+
 class Values(Interpreter):
     """Every node's value, by name."""
 

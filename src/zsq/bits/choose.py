@@ -43,10 +43,10 @@ def choose_bits(
     Args:
         teacher: from `load_teacher`.
         budget: average bits per weight of the layers that the protocol leaves free (``4.0``), a size
-            of all weights in the ONNX file (``1.7MB``; half a byte each up to 4 bits, a byte above;
-            scales, biases and the graph come on top), bit operations of one image (``2.5GBOP``), or its time
-            in ONNX Runtime on one thread (``1.3ms``, measured here and now: added up from the
-            layers' shares of a run, see `zsq.bits.latency`).
+            of all weights in the ONNX file (``1.7MB``; half a byte each up to 4 bits, a byte above
+            and in depthwise layers; scales, biases and the graph come on top), bit operations of one
+            image (``2.5GBOP``), or its time in ONNX Runtime on one thread (``1.3ms``, measured here
+            and now: added up from the layers' shares of a run, see `zsq.bits.latency`).
         recipe: whose protocol, overrides, preparation and rounding are used; layers that its
             overrides give weight bits are not free.
         bits: activations of the result, as in ``w4a4``; None keeps the recipe's.

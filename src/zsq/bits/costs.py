@@ -34,12 +34,14 @@ class LayerFacts:
         input_bits: of the tensor it reads; 32 where that is float.
         milliseconds: the layer's share of a run of the whole network, per bit-width, where it was
             measured (`zsq.bits.latency`).
+        depthwise: whether it is a depthwise convolution.
     """
 
     weights: int
     macs: int
     input_bits: int
     milliseconds: Mapping[int, float] | None = None
+    depthwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,17 @@ class Budget:
         return text[self.kind]
 
 
-def stored_bytes(weights: int, bits: int) -> int:
+def stored_bytes(weights: int, bits: int, *, depthwise: bool = False) -> int:
     """Return the bytes that weights of a bit-width take in an ONNX file: INT4 up to 4 bits, INT8 above.
 
-    ``student.safetensors`` packs them to their own width and may be smaller.
+    Those of depthwise layers are INT8 at every width (`zsq.export.onnx.write_integer`).
+    ``student.safetensors`` packs weights to their own width and may be smaller.
 
     Example:
         >>> [stored_bytes(1000, bits) for bits in (2, 4, 5, 8)]
         [500, 500, 1000, 1000]
     """
-    return -(-weights // 2) if bits <= 4 else weights
+    return -(-weights // 2) if bits <= 4 and not depthwise else weights
 
 
 def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
@@ -113,7 +116,7 @@ def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:
     if kind == "average":
         return float(facts.weights * bits)
     if kind == "size":
-        return float(stored_bytes(facts.weights, bits))
+        return float(stored_bytes(facts.weights, bits, depthwise=facts.depthwise))
     if kind == "bops":
         return float(facts.macs * bits * facts.input_bits)
     if facts.milliseconds is None:

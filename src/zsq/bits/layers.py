@@ -58,5 +58,7 @@ def layer_facts(teacher: Teacher, recipe: Recipe) -> tuple[dict[str, LayerFacts]
         layer = network.get_submodule(path)
         if isinstance(layer, Layer):
             bits = activations.get(origin(tensor_inputs(nodes[0])[0]).name, 32)
-            facts[path] = LayerFacts(layer.weight.numel(), macs.get(path, 0), bits)
+            facts[path] = LayerFacts(
+                layer.weight.numel(), macs.get(path, 0), bits, depthwise=layer.is_depthwise
+            )
     return facts, [path for path in facts if path not in fixed]

@@ -63,6 +63,8 @@ class BitsPlan(Part):
     """Layers whose bits were chosen; protocol and overrides fix the others."""
     weights: dict[str, int]
     """Every layer's number of weights."""
+    depthwise: tuple[str, ...] = ()
+    """Depthwise layers, which the ONNX file holds as INT8 at every width."""
     measured: dict[str, dict[int, float]]
     """Sensitivity of each free layer at each bit-width, in nats."""
     frontier: tuple[Point, ...]
@@ -79,7 +81,10 @@ class BitsPlan(Part):
 
     def onnx_bytes(self) -> int:
         """Return the size of all weights in the ONNX file, what a budget of a size bounds."""
-        return sum(stored_bytes(self.weights[path], bits) for path, bits in self.layers.items())
+        return sum(
+            stored_bytes(self.weights[path], bits, depthwise=path in self.depthwise)
+            for path, bits in self.layers.items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, with its average and its sizes."""
@@ -208,6 +213,7 @@ def make_plan(
         cost=(choice.cost + taken) / scale, sensitivity=choice.sensitivity, exact=frontier.exact,
         layers=fixed | dict(zip(free, choice.bits, strict=True)), free=tuple(free),
         weights={path: fact.weights for path, fact in facts.items()}, measured=measured,
+        depthwise=tuple(path for path, fact in facts.items() if fact.depthwise),
         frontier=_points(frontier, taken, scale),
     )  # fmt: skip
 

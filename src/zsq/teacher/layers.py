@@ -163,6 +163,11 @@ class Layer(nn.Module):
         """Number of groups of the convolution; 1 for a linear layer."""
         return int(self.arguments[3]) if len(self.arguments) > 3 else 1
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel is a convolution of one input channel of its own."""
+        return self.groups > 1 and tuple(self.weight.shape[:2]) == (self.groups, 1)
+
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         kind = self.operator.split(".")[1]
