@@ -84,7 +84,7 @@ def evaluate(
         networks, info = {"teacher": _on_device(teacher.network, device)}, teacher.info
     folder = open_folder(
         data, input_shape=info.input_shape, mean=mean or info.mean, std=std or info.std,
-        resize=resize if resize is not None else info.resize,
+        resize=resize if resize is not None else info.resize, interpolation=info.interpolation,
     )  # fmt: skip
     reporter = reporter or QuietReporter()
     with reporter.task("evaluation", len(folder)) as task, torch.no_grad():

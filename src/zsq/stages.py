@@ -170,8 +170,9 @@ def _given_or_read(
         given.check(info.input_shape)
         return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
     opened = open_folder(
-        images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
-    )
+        images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
+        interpolation=info.interpolation,
+    )  # fmt: skip
     pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)
     provenance: dict[str, object] = {
         "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,

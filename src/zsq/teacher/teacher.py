@@ -24,6 +24,7 @@ class ModelInfo:
         mean: normalisation mean per channel, in [0, 1] pixel units; None when unknown.
         std: normalisation standard deviation per channel; None when unknown.
         resize: short side to resize to before the centre crop when reading images; None: no resize.
+        interpolation: of that resize, by Pillow's name.
     """
 
     reference: str
@@ -31,6 +32,7 @@ class ModelInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     resize: int | None = None
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _info(
             )
     if std is not None and min(std) <= 0:
         raise UsageError(f"--std {std} must be positive.")
-    return ModelInfo(source.reference, shape, mean, std, source.resize)
+    return ModelInfo(source.reference, shape, mean, std, source.resize, source.interpolation)
 
 
 def _placeholder_shape(module: object) -> tuple[int, ...]:
