@@ -194,6 +194,17 @@ def test_a_program_of_a_fixed_batch_size_is_refused_with_the_next_step():
         load_teacher(program)
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_program_exported_in_training_mode_is_refused_with_the_next_step(decomposed):
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(with_norm().train(), (images(count=2),), dynamic_shapes=free)
+    if decomposed:
+        program = program.run_decompositions({})
+    with pytest.raises(UsageError, match=r"'bn'.*in training mode; call model\.eval\(\) before"):
+        load_teacher(program)
+
+
 @pytest.mark.parametrize("shape", [None, (3, 8), (3, 8, 8, 1), (3, 0, 8)])
 def test_a_shape_that_is_no_image_is_refused(shape):
     with pytest.raises(UsageError, match="--input-shape 3,224,224"):

@@ -41,6 +41,11 @@ _ASSERTIONS = ("_assert", "sym_constrain")
 _BATCH_NORMS = frozenset(
     {"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}
 )
+#: Of these the sixth argument says whether the batch's own statistics count.
+_TRAINABLE_NORMS = frozenset(
+    {"aten.batch_norm.default", "aten._native_batch_norm_legit.default"}
+    | {"aten._native_batch_norm_legit_functional.default"}
+)
 #: Names that fx, or a part of zsq that adds modules of its own, needs at the top of a network.
 _RESERVED = frozenset({"graph", "code", "training", "constants", "quantizers", "shifts"})
 
@@ -134,7 +139,7 @@ class NetworkBuilder:
                 self.memory[node] = self._owner(source)
         elif name in LAYER_OPERATORS and self._weight_is_constant(node):
             self.new[node] = self._layer(node, name)
-        elif name in _BATCH_NORMS and self._has_statistics(node, name):
+        elif name in _BATCH_NORMS | _TRAINABLE_NORMS and self._has_statistics(node, name):
             self.new[node] = self._batch_norm(node, name)
         elif short in {"copy", "copy_"}:
             self._copy(node)
@@ -172,8 +177,14 @@ class NetworkBuilder:
     def _has_statistics(self, node: Node, name: str) -> bool:
         mean, variance = node.args[3], node.args[4]
         stored = mean in self.constants and variance in self.constants
-        training = name == "aten.batch_norm.default" and bool(node.args[5])
-        return stored and not training
+        if (
+            stored and name in _TRAINABLE_NORMS and node.args[5]
+        ):  # answers would depend on the batch
+            raise UsageError(
+                f"batch norm {self._path(node) or str(mean)!r} does not use its running statistics: the "
+                "network was exported in training mode; call model.eval() before torch.export."
+            )
+        return stored and name in _BATCH_NORMS
 
     def _of_batch_norm(self, node: Node) -> bool:
         source, index = node.args[0], node.args[1]
