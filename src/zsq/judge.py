@@ -17,6 +17,7 @@ from zsq.errors import UsageError
 from zsq.evaluation.folder import open_folder
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
+from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.teacher.teacher import ModelInfo, load_teacher
 
@@ -46,7 +47,8 @@ def evaluate(
     Args:
         subject: a run folder (teacher, student, and ONNX file where there is one, all on the same
             images; the result is kept with the run), an ONNX file, or a MODEL string.
-        data: folder of class folders of images; class index = position in sorted order.
+        data: folder of class folders of images; class index = position in sorted order, so there is
+            one for each of the network's classes, empty or not.
         input_shape: (C, H, W), where the subject does not know it.
         mean: normalisation mean per channel, likewise.
         std: normalisation standard deviation, likewise.
@@ -64,10 +66,13 @@ def evaluate(
         "agreement": per cent of images on which teacher and student agree, ...}``.
 
     Raises:
-        UsageError: unreadable subject or data, unknown normalisation.
+        UsageError: unreadable subject or data, unknown normalisation or device, other classes than
+            the network's, or an option that has no effect on the subject.
     """
+    make_policy(device)
     given = {"input_shape": input_shape, "mean": mean, "std": std}
     path = Path(subject)
+    _check_used(path, device, input_shape=input_shape, weights=weights, allow_pickle=allow_pickle)
     if path.is_dir():
         networks, info = _of_run(path, device, simulated > 0)
     elif path.suffix == ".onnx":
@@ -89,8 +94,8 @@ def evaluate(
     reporter = reporter or QuietReporter()
     with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
         evaluation = evaluate_networks(
-            networks, folder.batches(batch), first={"simulation": simulated},
-            progress=_advancer(task),
+            networks, folder.batches(batch), classes=len(folder.classes),
+            first={"simulation": simulated}, progress=_advancer(task),
         )  # fmt: skip
     result = _result(evaluation, subject, data)
     if path.is_dir():
@@ -98,6 +103,27 @@ def evaluate(
         run.record["results"]["evaluation"] = result
         run.save()
     return result
+
+
+def _check_used(path: Path, device: str, **options: object) -> None:
+    """Refuse options that would have no effect: what they ask for would silently not be done.
+
+    Raises:
+        UsageError: names the first.
+    """
+    if path.is_dir():
+        unused = {name: value for name, value in options.items() if value}
+        why = "a run, which brings its own network and input shape"
+    elif path.suffix == ".onnx":
+        unused = {name: options[name] for name in ("weights", "allow_pickle") if options[name]}
+        unused |= {} if device == "cpu" else {"device": device}
+        why = "an ONNX file, which brings its own weights and runs on the CPU"
+    else:
+        return
+    for name in unused:
+        raise UsageError(
+            f"--{name.replace('_', '-')} has no effect on {path}, {why}; leave it out."
+        )
 
 
 def _advancer(task: Any) -> Callable[[int], None]:

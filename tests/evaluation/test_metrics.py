@@ -174,6 +174,17 @@ def test_unsuitable_networks(output, label, error, message):
         evaluate_networks({"net": lambda x: output}, [(torch.zeros(1, 4), torch.tensor([label]))])
 
 
+@pytest.mark.parametrize("folders", [2, 4])
+def test_other_classes_than_the_networks_are_refused_at_once(folders):
+    def batches():
+        yield torch.zeros(1, 4), torch.tensor([0])
+        pytest.fail("the first batch is enough")
+
+    message = f"{folders} class folders and network 'net' has 3 classes: .* may be empty"
+    with pytest.raises(UsageError, match=message):
+        evaluate_networks({"net": lambda x: torch.zeros(1, 3)}, batches(), classes=folders)
+
+
 def test_no_images():
     with pytest.raises(UsageError, match="no images"):
         evaluate_networks({"net": lambda x: x}, [])

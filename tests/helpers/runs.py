@@ -30,11 +30,12 @@ def write_model(folder):
 
 
 def write_images(folder, count=12):
-    """Write an ImageFolder of three classes, 8 x 8."""
+    """Write an ImageFolder of the model's five classes, 8 x 8; two of them have no images."""
     generator = torch.Generator().manual_seed(0)
+    for label in range(5):
+        (folder / f"class{label}").mkdir(parents=True)
     for index in range(count):
         target = folder / f"class{index % 3}" / f"{index}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(target)
     return str(folder)

@@ -153,6 +153,7 @@ def evaluate_networks(
     networks: Mapping[str, Callable[[Tensor], Tensor]],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
+    classes: int | None = None,
     first: Mapping[str, int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -162,6 +163,7 @@ def evaluate_networks(
         networks: by name; each maps float32 images ``[n, C, H, W]`` on the CPU to logits
             ``[n, classes]`` on any device. Put modules into eval mode before.
         batches: images and int64 labels, as `ImageFolder.batches` yields them.
+        classes: how many classes the labels are positions among; every network must have as many.
         first: networks that look at about so many images only, whole batches, at least one.
         progress: called after each batch with the number of images done.
 
@@ -169,8 +171,8 @@ def evaluate_networks(
         Scores, and what every network said about every image.
 
     Raises:
-        UsageError: a label is not one of a network's classes, a network returns something other
-            than logits, or there are no images.
+        UsageError: the networks have another number of classes, a label is not one of them, a
+            network returns something other than logits, or there are no images.
         RunError: a network returns NaN or infinite logits.
     """
     within_top5: dict[str, int] = dict.fromkeys(networks, 0)
@@ -182,7 +184,7 @@ def evaluate_networks(
             for name, network in networks.items():
                 if done and done >= limits.get(name, done + 1):
                     continue
-                logits = _checked(name, network(images), labels)
+                logits = _checked(name, network(images), labels, classes)
                 within_top5[name] += int(topk_correct(logits, labels, 5).sum())
                 predictions[name].append(logits.argmax(1))
             seen.append(labels)
@@ -203,12 +205,18 @@ def _score(predictions: Tensor, labels: Tensor, within_top5: int) -> Score:
     return Score(top1, 100 * within_top5 / images, standard_error(top1, images), images)
 
 
-def _checked(name: str, logits: object, labels: Tensor) -> Tensor:
+def _checked(name: str, logits: object, labels: Tensor, classes: int | None) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(
             f"network {name!r} returned {what} for {len(labels)} images, not logits of the shape "
             "[images, classes]: only classifiers can be evaluated."
+        )
+    if classes not in {None, logits.shape[1]}:
+        raise UsageError(
+            f"the data has {classes} class folders and network {name!r} has {logits.shape[1]} classes: "
+            "give one folder for each of the network's classes, in its order when sorted by name; "
+            "folders of classes without images may be empty."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
