@@ -129,6 +129,10 @@ def test_inspect_recipes_env_and_version(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("arguments", "says"), [
     (["quantize", "nowhere.pt2", "-o", "r"], "nowhere.pt2"),
     (["quantize", "net.pt2", "-o", "r", "--input-shape", "3,9"], "input"),
+    (["quantize", "net.pt2", "-o", "r", "--input-shape", "nan,32,32"], "like 3,224,224"),
+    (["quantize", "net.pt2", "-o", "r", "--input-shape", "inf,8,8"], "like 3,224,224"),
+    (["bits", "net.pt2", "--budget", "4", "--candidates", "a"], "numbers like 2,4,8"),
+    (["bits", "net.pt2", "--budget", "4", "--candidates", "inf"], "whole numbers like 2,4,8"),
     (["quantize", "net.pt2", "-o", "r", "--bits", "w9a4"], "w4a4"),
     (["quantize", "net.pt2", "-o", "r", "--recipe", "magic"], "genie"),
     (["quantize", "net.pt2", "-o", "r", "--set", "tuning.stepz=4"], "tuning.stepz"),

@@ -163,7 +163,9 @@ def export(
 @app.command()
 def evaluate(
     subject: Annotated[str, typer.Argument(help="Folder of a run, an ONNX file, or a MODEL.")],
-    data: Annotated[str, typer.Option("--data", help="Folder with a folder of images for each class.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Folder with a folder of images for each class.")
+    ],
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,

@@ -147,7 +147,7 @@ def bits(
     policy = make_policy(device, precision.value, compile_)
     plan = choose_bits(
         teacher, budget, recipe, bits=width, protocol=protocol,
-        candidates=integers(candidates, "--candidates") or (),
+        candidates=integers(candidates, "--candidates", "2,4,8") or (),
         images=given_images(images, images_from),
         context=Context(seed, policy, reporter_for(quiet or as_json)),
     )  # fmt: skip

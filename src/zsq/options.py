@@ -68,8 +68,15 @@ Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=(
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 
 
-def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+def numbers(
+    text: str | None, option: str, example: str = "0.5,0.5,0.5"
+) -> tuple[float, ...] | None:
     """Read comma-separated numbers.
+
+    Args:
+        text: what was typed.
+        option: its name, for the error.
+        example: of a right value, likewise.
 
     Raises:
         UsageError: not numbers.
@@ -83,18 +90,22 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.replace("x", ",").split(","))
     except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a list of numbers like 0.5,0.5,0.5.") from error
+        raise UsageError(f"{option} {text!r} is not a list of numbers like {example}.") from error
 
 
-def integers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """Read comma-separated whole numbers.
+def integers(text: str | None, option: str, example: str = "3,224,224") -> tuple[int, ...] | None:
+    """Read comma-separated whole numbers; see `numbers`.
 
     Raises:
         UsageError: not whole numbers.
+
+    Example:
+        >>> integers("3x8x8", "--input-shape")
+        (3, 8, 8)
     """
-    found = numbers(text, option)
-    if found is not None and any(value != int(value) for value in found):
-        raise UsageError(f"{option} {text!r} must be whole numbers like 3,224,224.")
+    found = numbers(text, option, example)
+    if found is not None and not all(value.is_integer() for value in found):  # nor is infinity
+        raise UsageError(f"{option} {text!r} must be whole numbers like {example}.")
     return None if found is None else tuple(int(value) for value in found)
 
 

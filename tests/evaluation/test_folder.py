@@ -147,6 +147,8 @@ def test_folders_that_hold_nothing(tmp_path):
         ({"std": None}, "--mean and --std"),
         ({"mean": (0.5,)}, "do not fit 3 channels"),
         ({"std": (0.1, 0.0, 0.1)}, "above 0"),
+        ({"mean": (0.5, float("inf"), 0.5)}, "one finite number a channel"),
+        ({"std": (float("nan"),) * 3}, "one finite number a channel"),
         ({"input_shape": (4, 8, 8)}, "4 channels"),
         ({"resize": 7}, "smaller than the crop"),
         ({"interpolation": "cubist"}, "'cubist' is unknown: it is one of .*bilinear"),

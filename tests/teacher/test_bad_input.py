@@ -211,12 +211,20 @@ def test_a_shape_that_is_no_image_is_refused(shape):
         load_teacher(with_norm(), input_shape=shape)
 
 
+@pytest.mark.parametrize("side", [99_999_999, 10**15])
+def test_a_shape_beyond_all_memory_is_refused(side):
+    with pytest.raises(UsageError, match=f"{side}.*--input-shape 3,224,224"):
+        load_teacher(with_norm(), input_shape=(3, side, side))
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "sentence"),
     [
         ((0.5,), (0.2,) * 3, "--mean has 1 values but the input has 3 channels"),
         ((0.5,) * 3, (0.2, 0.2), "--std has 2 values but the input has 3 channels"),
         ((0.5,) * 3, (0.2, 0.0, 0.2), "--std .* must be positive"),
+        ((0.5,) * 3, (float("nan"),) * 3, r"--std \(nan, nan, nan\) must be finite"),
+        ((float("inf"),) * 3, (0.2,) * 3, "--mean .* must be finite"),
     ],
 )
 def test_normalisation_that_does_not_fit_is_refused(mean, std, sentence):

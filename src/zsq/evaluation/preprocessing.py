@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,11 @@ class Preprocessing:
                 "the normalisation of the images is not known: give --mean and --std, one number "
                 "a channel, for pixels in [0, 1]."
             )
-        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        finite = all(map(math.isfinite, (*mean, *std)))
+        if len(mean) != channels or len(std) != channels or not finite or min(std) <= 0:
             raise UsageError(
                 f"--mean {_join(mean)} and --std {_join(std)} do not fit {channels} channels: give "
-                "one number a channel, --std above 0."
+                "one finite number a channel, --std above 0."
             )
         if resize is not None and resize < max(height, width):
             raise UsageError(

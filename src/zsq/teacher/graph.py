@@ -42,9 +42,9 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
         UsageError: the module needs more than one input, rejects that shape, or cannot be exported.
     """
     _check_one_input(module)
-    example = torch.zeros(2, *input_shape)
     with _eval_mode(module):
         try:
+            example = torch.zeros(2, *input_shape)  # fails where the shape is beyond all memory
             with torch.no_grad():
                 module(example)
         except Exception as error:

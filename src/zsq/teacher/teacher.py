@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,8 @@ def _info(
                 f"--{name} has {len(values)} values but the input has {shape[0]} channels; give "
                 "one value each."
             )
+        if values is not None and not all(map(math.isfinite, values)):
+            raise UsageError(f"--{name} {values} must be finite: one number a channel.")
     if std is not None and min(std) <= 0:
         raise UsageError(f"--std {std} must be positive.")
     return ModelInfo(source.reference, shape, mean, std, source.resize, source.interpolation)
