@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import yaml
 from hypothesis import given
@@ -88,6 +90,47 @@ def test_bad_settings_are_named(setting, named):
     with pytest.raises(UsageError) as caught:
         load_recipe("genie", settings=[setting])
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "meant"),
+    [
+        ("genie", "tuning.stepz=7", "tuning.steps"),
+        ("genie", "tunin.steps=7", "tuning"),
+        ("genie", "bits.weight=3", "bits.weights"),
+        ("genie", "overrides=[{match: a, weight: 3}]", "overrides.0.weights"),
+        ("gdfq", "synthesis.latents=7", "synthesis.latent"),
+        ("gdfq+ait", "tuning.inundation.targets=0.1", "tuning.inundation.target"),
+        ("gdfq", "tuning.loses.kl=1", "tuning.losses"),
+    ],
+)
+def test_unknown_settings_suggest_the_nearest_known_one(recipe, setting, meant):
+    with pytest.raises(UsageError, match=f"did you mean '{re.escape(meant)}'"):
+        load_recipe(recipe, settings=[setting])
+
+
+@pytest.mark.parametrize("recipe", ["genie", "gdfq"])
+def test_unknown_settings_like_no_other_say_where_all_are_listed(recipe):
+    with pytest.raises(
+        UsageError, match=r"'tuning\.zzz' .*no such setting; .zsq recipes"
+    ) as caught:
+        load_recipe(recipe, settings=["tuning.zzz=7"])
+    assert "Extra inputs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["bits=w4a4", "bits.weights=4", " bits =w4a4"])
+@pytest.mark.parametrize("bits", ["w9a9", "w4a4"])
+def test_what_is_given_twice_is_refused_even_where_one_of_them_is_wrong(setting, bits):
+    with pytest.raises(UsageError, match=f"bits is given twice, as '{bits}' and by --set"):
+        load_recipe("genie", bits=bits, settings=[setting])
+    assert load_recipe("genie", bits=None, settings=["bits=w3a3"]).bits == Bits.parse("w3a3")
+
+
+@pytest.mark.parametrize("text", ["tuning.steps=[1", "name=a: b: c", "name={a: b"])
+def test_yaml_that_cannot_be_read_is_one_line_that_says_where(text):
+    with pytest.raises(UsageError, match=r"line 1, column \d+\)\.$") as caught:
+        load_recipe("genie", settings=[text])
+    assert "\n" not in str(caught.value)
 
 
 def test_changes_apply_unless_none():

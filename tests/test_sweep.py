@@ -62,8 +62,9 @@ def test_a_cell_that_fails_says_why_and_stops_nothing(tmp_path, monkeypatch, cap
 )  # fmt: skip
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         Sweep.load(tmp_path / "s.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_no_worker_are_refused(tmp_path):

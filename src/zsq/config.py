@@ -7,16 +7,17 @@ A recipe names a protocol, a synthesiser, a tuner and their settings. Recipes ar
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from zsq.errors import UsageError
+from zsq.errors import UsageError, yaml_problem
 from zsq.settings import (
     Bits,
     Finetuning,
@@ -67,7 +68,7 @@ class Recipe(Part):
     """Settings for images of 128 pixels and more, by dotted key: the published ones for ImageNet."""
 
 
-def _without_method(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+def _without_method(place: tuple[str, ...]) -> tuple[str, ...]:
     """Drop the method's name, which a validator puts behind ``synthesis`` or ``tuning``."""
     chosen = place[:1] in {("synthesis",), ("tuning",)} and place[1:2] in _METHODS
     return (*place[:1], *place[2:]) if chosen else place
@@ -99,13 +100,15 @@ def load_recipe(
         schedule: ``full`` is the published one; ``quick`` applies the recipe's ``quick`` settings.
         large: apply the recipe's settings for large images.
         settings: ``KEY=VALUE`` texts with dotted keys, e.g. ``tuning.steps=500``.
-        changes: top-level fields, e.g. ``bits="w4a4"``; None leaves a field alone.
+        changes: top-level fields, e.g. ``bits="w4a4"``; None leaves a field alone. What they change,
+            ``settings`` may not.
 
     Returns:
         The resolved recipe.
 
     Raises:
-        UsageError: no such recipe, a key that does not exist, or a value out of range.
+        UsageError: no such recipe, a key that does not exist, a value out of range, or one field given
+            twice.
 
     Example:
         >>> load_recipe("genie", settings=["tuning.steps=7"]).tuning.steps
@@ -120,17 +123,55 @@ def load_recipe(
         if value is not None:
             data[key] = value
     for setting in settings:
+        field = setting.partition("=")[0].partition(".")[0].strip()
+        if changes.get(field) is not None:
+            raise UsageError(
+                f"{field} is given twice, as {str(changes[field])[:60]!r} and by --set {setting!r}; leave one of "
+                "them out."
+            )
         _apply(data, setting)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, _without_method(first["loc"])))
+        raise _complaint(error) from error
+
+
+def _complaint(error: ValidationError) -> UsageError:
+    """Say what is wrong with the first of the settings that cannot be."""
+    first = error.errors()[0]
+    place = tuple(map(str, first["loc"]))
+    key = ".".join(_without_method(place))
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(place[-1], _fields(place[:-1]), n=1)
+        meant = ".".join((*_without_method(place[:-1]), *close))
+        reason = "there is no such setting" + (f" (did you mean {meant!r}?)" if close else "")
+    else:
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
-        raise UsageError(
-            f"recipe setting {key!r} (={first.get('input')!r}): {reason}. "
-            "`zsq recipes NAME` lists every setting with its meaning."
-        ) from error
+    return UsageError(
+        f"recipe setting {key!r} (={first.get('input')!r}): {reason}; `zsq recipes NAME` lists every "
+        "setting with its meaning."
+    )
+
+
+def _fields(place: tuple[str, ...]) -> list[str]:
+    """Return the names of the settings in the group at a place of a validation error."""
+    groups: list[type[BaseModel]] = [Recipe]
+    for part in place:
+        chosen = [
+            g for g in groups if part == getattr(g.model_fields.get("method"), "default", None)
+        ]
+        below = [
+            group for above in groups if part in above.model_fields
+            for group in _groups_in(above.model_fields[part].annotation)
+        ]  # fmt: skip
+        groups = chosen or below or groups  # an index leaves them as they are
+    return [name for group in groups for name in group.model_fields]
+
+
+def _groups_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [group for inner in get_args(annotation) for group in _groups_in(inner)]
 
 
 def _read(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -148,7 +189,7 @@ def _read(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         data = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        raise UsageError(f"recipe {text!r} is not readable YAML: {error}") from error
+        raise UsageError(f"recipe {text!r} is not readable YAML: {yaml_problem(error)}.") from error
     if not isinstance(data, dict):
         raise UsageError(
             f"recipe {text!r} must be a mapping of settings, not {type(data).__name__}."
@@ -178,7 +219,10 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {setting!r}: the value is not readable YAML: {error}") from error
+        problem = yaml_problem(error)
+        raise UsageError(
+            f"--set {setting!r}: the value is not readable YAML: {problem}."
+        ) from error
     _assign(data, key.strip(), value)
 
 

@@ -31,3 +31,20 @@ class ToldError(ZsqError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("the run ended with an error that was shown before")
         self.exit_code = exit_code
+
+
+def yaml_problem(error: Exception) -> str:
+    """Say in one line what PyYAML found, without the picture of the place that it draws.
+
+    Example:
+        >>> import yaml
+        >>> try:
+        ...     yaml.safe_load("[1")
+        ... except yaml.YAMLError as error:
+        ...     print(yaml_problem(error))
+        expected ',' or ']', but got '<stream end>' (line 1, column 3)
+    """
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or mark is None:
+        return " ".join(str(error).split())[:150]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"

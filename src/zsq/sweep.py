@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from zsq.errors import UsageError
+from zsq.errors import UsageError, yaml_problem
 from zsq.runtime.files import atomic_write
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.settings import Part
@@ -56,7 +56,8 @@ class Sweep(Part):
         try:
             return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"the sweep {path} cannot be read: {str(error)[:150]}.") from error
+            problem = yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error)[:150]
+            raise UsageError(f"the sweep {path} cannot be read: {problem}.") from error
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "file"
