@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import Residual, with_own_statistics
+from helpers.runs import FEW, NORMALISATION, write_model, zsq, zsq_json
 from helpers.students import recipe
 from PIL import Image
 
@@ -14,6 +15,7 @@ from zsq.evaluation.folder import open_folder
 from zsq.runtime.checkpoints import load_tensors, save_tensors
 from zsq.runtime.context import Context
 from zsq.stages import choose_images
+from zsq.synthesis.images import ImageSet
 from zsq.teacher import sources
 from zsq.teacher.libraries import Metadata
 from zsq.teacher.teacher import load_teacher
@@ -89,3 +91,30 @@ def test_saved_teachers_keep_it_and_old_files_say_bilinear(model, tmp_path):
     del header["info"]["interpolation"]
     save_tensors(path, tensors, header)
     assert load_saved_teacher(path).info.interpolation == "bilinear"
+
+
+def test_quantize_resizes_as_it_is_told_and_its_run_is_judged_so(
+    monkeypatch, capsys, folder, tmp_path
+):
+    run = tmp_path / "run"
+    command = [
+        "quantize",
+        write_model(tmp_path),
+        "--images",
+        folder,
+        "-o",
+        run,
+        *NORMALISATION,
+        *FEW,
+    ]
+    code, _, err = zsq(monkeypatch, capsys, *command, "--resize", "7")
+    assert (code, run.exists()) == (2, False)
+    assert "--resize 7 is smaller than the crop of 8x8: give at least 8" in err
+    zsq_json(monkeypatch, capsys, *command, "--resize", "10")
+    chosen = ImageSet.load(run / "images.safetensors")
+    wanted = read(folder, resize=10)
+    assert torch.equal(chosen.images[chosen.labels.argsort()], wanted)
+    assert torch.equal(judged(monkeypatch, run, folder), wanted)
+    code, _, err = zsq(monkeypatch, capsys, *command, "--resize", "12", "--resume")
+    assert code == 2
+    assert "resize was 10, now 12" in err

@@ -28,6 +28,7 @@ from zsq.options import (
     PrecisionChoice,
     ProtocolOption,
     Quiet,
+    Resize,
     Schedule,
     Seed,
     Std,
@@ -74,6 +75,7 @@ def quantize(
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
+    resize: Resize = None,
     weights: Weights = None,
     allow_pickle: AllowPickle = False,
     seed: Seed = 0,
@@ -100,8 +102,8 @@ def quantize(
         pipeline.quantize(
             model, recipe, bits=bits, protocol=protocol, schedule=schedule.value, settings=settings or (),
             input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
-            std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle, images=images,
-            images_from=images_from, seed=seed, device=group.device, precision=precision.value,
+            std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
+            images=images, images_from=images_from, seed=seed, device=group.device, precision=precision.value,
             compile=compile_, memory=memory, out=out, resume=resume, report=report,
             reporter=reporter_for(quiet or as_json), group=group,
         )  # fmt: skip
@@ -169,9 +171,7 @@ def evaluate(
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
-    resize: Annotated[
-        int | None, typer.Option("--resize", help="Short side before the crop.")
-    ] = None,
+    resize: Resize = None,
     weights: Weights = None,
     allow_pickle: AllowPickle = False,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 200,

@@ -21,6 +21,7 @@ from zsq.options import (
     PrecisionChoice,
     ProtocolOption,
     Quiet,
+    Resize,
     Seed,
     Std,
     Weights,
@@ -120,6 +121,7 @@ def bits(
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
+    resize: Resize = None,
     weights: Weights = None,
     allow_pickle: AllowPickle = False,
     seed: Seed = 0,
@@ -142,7 +144,7 @@ def bits(
 
     teacher = load_teacher(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
-        std=numbers(std, "--std"), weights=weights, allow_pickle=allow_pickle,
+        std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
     )  # fmt: skip
     policy = make_policy(device, precision.value, compile_)
     plan = choose_bits(

@@ -42,6 +42,8 @@ Mean = Annotated[
 Std = Annotated[
     str | None, typer.Option("--std", help="Normalisation standard deviation per channel.")
 ]
+Resize = Annotated[int | None, typer.Option("--resize", min=1, help=(
+    "Short side to resize pictures to before the centre crop."))]  # fmt: skip
 Weights = Annotated[str | None, typer.Option("--weights", help="Checkpoint to load, or 'random'.")]
 AllowPickle = Annotated[bool, typer.Option(
     "--allow-pickle", help="Read pickled checkpoints. They run code from the file: only if you trust it."

@@ -39,7 +39,7 @@ from zsq.runtime.shelf import parse_memory
 from zsq.stages import Images, choose_images, learns_together, produce, tuned
 from zsq.student import Student, prepared_network
 from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import Teacher, load_teacher
+from zsq.teacher.teacher import Teacher, load_teacher, shape_of
 
 #: Images that calibrate extra edges and judge parity at export.
 EXPORT_IMAGES = 256
@@ -57,6 +57,7 @@ def quantize(
     input_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    resize: int | None = None,
     weights: str | None = None,
     allow_pickle: bool = False,
     images: Images = None,
@@ -87,6 +88,7 @@ def quantize(
         input_shape: (C, H, W), alternatively.
         mean: normalisation mean per channel; needed only with a folder of real images.
         std: normalisation standard deviation, likewise.
+        resize: short side to resize such images to before the centre crop, likewise.
         weights: a checkpoint to load into the model, or ``random``.
         allow_pickle: read checkpoints that run code when read.
         images: real images instead of synthetic ones: an `ImageSet`, a normalised tensor
@@ -114,11 +116,11 @@ def quantize(
         RunError: a loss became NaN, the disk is full, the exported file disagrees.
     """
     if example_inputs is not None and input_shape is None:
-        input_shape = tuple(example_inputs.shape[1:])
+        input_shape = shape_of(example_inputs)
     group = group or Group()
     with group.one_first():
         teacher = load_teacher(
-            model, input_shape=input_shape, mean=mean, std=std, weights=weights,
+            model, input_shape=input_shape, mean=mean, std=std, resize=resize, weights=weights,
             allow_pickle=allow_pickle,
         )  # fmt: skip
     plan = read_plan(bits)

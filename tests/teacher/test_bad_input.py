@@ -10,6 +10,7 @@ import torch
 from helpers.networks import Net, conv, images, network_of
 from torch import nn
 
+from zsq import quantize
 from zsq.errors import UsageError
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.inspect import inspect_teacher
@@ -247,3 +248,12 @@ def test_nothing_to_quantize_is_said():
     teacher = load_teacher(module, input_shape=(3, 8, 8))
     with pytest.raises(UsageError, match="no convolution or linear layer"):
         inspect_teacher(teacher)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("x", "a str;"), ([1, 2], "a list;"), (torch.zeros(3, 8, 8), r"of shape \(3, 8, 8\);")],
+)
+def test_example_inputs_must_be_a_batch_of_images(given, says):
+    with pytest.raises(UsageError, match=rf"{says} give a batch of images as a tensor \(N, C, H"):
+        quantize(with_norm(), example_inputs=given)

@@ -25,6 +25,7 @@ def run_identity(
         "recipe": json.loads(recipe.model_dump_json()), "seed": seed,
         "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
         "compile": policy.compile, "images": name_of(images),
+        "resize": None if images is None else teacher.info.resize,
     }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def load_teacher(
     input_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    resize: int | None = None,
     weights: str | None = None,
     allow_pickle: bool = False,
 ) -> Teacher:
@@ -65,6 +66,7 @@ def load_teacher(
         input_shape: shape of one image, (C, H, W), where the source does not know it.
         mean: normalisation mean per channel, where the source does not know it.
         std: normalisation standard deviation per channel, likewise.
+        resize: short side to resize pictures of a folder to before the centre crop, likewise.
         weights: a checkpoint to load into the model, or ``"random"``.
         allow_pickle: read checkpoints that run code when read. Only for files you trust.
 
@@ -75,7 +77,7 @@ def load_teacher(
         UsageError: the model cannot be loaded or read, or its input shape is unknown.
     """
     source = load_source(model, weights=weights, allow_pickle=allow_pickle)
-    info = _info(source, input_shape, mean, std)
+    info = _info(source, input_shape, mean, std, resize)
     module = source.module
     if isinstance(module, nn.Module):
         check_finite(module)
@@ -90,7 +92,7 @@ def load_teacher(
 
 def _info(
     source: Source, input_shape: tuple[int, ...] | None, mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
+    std: tuple[float, ...] | None, resize: int | None,
 ) -> ModelInfo:  # fmt: skip
     shape = tuple(input_shape or source.input_shape or ())
     if not shape:
@@ -111,7 +113,34 @@ def _info(
             raise UsageError(f"--{name} {values} must be finite: one number a channel.")
     if std is not None and min(std) <= 0:
         raise UsageError(f"--std {std} must be positive.")
-    return ModelInfo(source.reference, shape, mean, std, source.resize, source.interpolation)
+    if resize is not None and resize < max(shape[1:]):
+        raise UsageError(
+            f"--resize {resize} is smaller than the crop of {shape[1]}x{shape[2]}: give at least "
+            f"{max(shape[1:])}."
+        )
+    if resize is None:
+        resize = source.resize
+    return ModelInfo(source.reference, shape, mean, std, resize, source.interpolation)
+
+
+def shape_of(example_inputs: object) -> tuple[int, ...]:
+    """Return the shape of one image of a batch.
+
+    Raises:
+        UsageError: it is no batch of images.
+
+    Example:
+        >>> shape_of(torch.zeros(2, 3, 8, 8))
+        (3, 8, 8)
+    """
+    if not isinstance(example_inputs, Tensor) or example_inputs.ndim != 4:
+        shape = getattr(example_inputs, "shape", None)
+        raise UsageError(
+            f"example_inputs is a {type(example_inputs).__name__}"
+            f"{'' if shape is None else f' of shape {tuple(shape)}'}; give a batch of images as a "
+            "tensor (N, C, H, W), or input_shape=(C, H, W)."
+        )
+    return tuple(example_inputs.shape[1:])
 
 
 def _placeholder_shape(module: object) -> tuple[int, ...]:
