@@ -246,6 +246,13 @@ def test_script_may_define_dataclasses_and_hold_a_network(tmp_path):
     [
         ("def build(): return 3", "build", "returned a int, not a torch.nn.Module"),
         ("def build(): return 3", "biuld", "has no function 'biuld': it defines build"),
+        (
+            "import torch\nfrom torch import nn\nclass Net(nn.Module): pass\nn = 3\nready = nn.ReLU()\n"
+            "def build(): return 3",
+            "biuld",
+            "it defines Net, ready, build[.]$",
+        ),
+        ("import torch", "build", "it defines none[.]$"),
         ("def build(n): return n", "build", "failed .TypeError.*without arguments"),
         ("import no_such_module_at_all", "build", "cannot be imported .ModuleNotFoundError"),
         ("def build(:", "build", "cannot be imported .SyntaxError"),

@@ -32,9 +32,8 @@ def build_from_file(path: str, function: str) -> nn.Module | ExportedProgram:
     with _importable(file.parent):
         module = _execute(file)
         if not hasattr(module, function):
-            names = [name for name in vars(module) if not name.startswith("_")]
             raise UsageError(
-                f"{path} has no function {function!r}: it defines {', '.join(names) or 'nothing'}."
+                f"{path} has no function {function!r}: it defines {', '.join(_built_in(module)) or 'none'}."
             )
         builder = getattr(module, function)
         try:
@@ -50,6 +49,19 @@ def build_from_file(path: str, function: str) -> nn.Module | ExportedProgram:
             "return the network alone."
         )
     return built
+
+
+def _built_in(module: ModuleType) -> list[str]:
+    """Name what could build a network: functions and classes of the file itself, and networks."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (
+            isinstance(value, nn.Module)
+            or (callable(value) and getattr(value, "__module__", None) == module.__name__)
+        )
+    ]
 
 
 def _execute(file: Path) -> ModuleType:
