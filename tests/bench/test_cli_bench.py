@@ -106,6 +106,22 @@ def test_bad_requests_end_with_code_2(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [("nosuch", [], "'nosuch' names no network"), ("net.pt2", ["--device", "cuda:99"], "does not exist"),
+     ("net.pt2", ["--grow", "network=net.pt2,zsq:nosuch"], "no network 'nosuch'")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    monkeypatch, capsys, tmp_path, model, options, message
+):
+    write_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zsq.bench.run.measure_apart", lambda *request: pytest.fail("measured"))
+    code, _, err = zsq(monkeypatch, capsys, "bench", model, *options, "--quiet")
+    assert code == 2
+    assert message in err
+
+
 def test_errors_of_the_other_process_are_raised_here(monkeypatch):
     def run(command, input, **options):
         return subprocess.CompletedProcess(command, 0, json.dumps(processes._answer(input)), "")

@@ -68,8 +68,9 @@ class Request:
         """Refuse what cannot be measured.
 
         Raises:
-            UsageError: an unknown loop, or a number that is too small.
+            UsageError: an unknown loop or device, or a number that is too small.
         """
+        make_policy(self.device)
         if self.loop not in LOOPS:
             raise UsageError(f"--loop {self.loop!r} is unknown; choose among {', '.join(LOOPS)}.")
         for name, value, least in (

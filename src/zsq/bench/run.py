@@ -15,6 +15,7 @@ from zsq.bench.processes import measure_apart
 from zsq.errors import RunError, UsageError
 from zsq.runtime.environment import environment
 from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.teacher.sources import load_source
 
 Axis = Literal["images", "batch", "network"]
 #: What grows along each axis unless the sizes are given.
@@ -65,6 +66,7 @@ def bench(
     ]
     for each in [*todo, *(point for _, _, point in points)]:
         each.check()
+    _check_models([*todo, *(point for _, _, point in points)])
     run, reporter = measure_apart if apart else measure, reporter or QuietReporter()
     result: dict[str, Any] = {
         "model": request.model, "device": _device(request.device), "environment": environment(),
@@ -80,6 +82,18 @@ def bench(
             result["growth"].append(_point(run, axis, size, each, reporter))
             task.advance(1)
     return result
+
+
+def _check_models(requests: Iterable[Request]) -> None:
+    """Load every network once, before the first is measured: the last may be hours away.
+
+    Raises:
+        UsageError: there is no such network, or its weights cannot be read.
+    """
+    for model, weights, allow in dict.fromkeys(
+        (r.model, r.weights, r.allow_pickle) for r in requests
+    ):
+        load_source(model, weights=weights, allow_pickle=allow)
 
 
 def _sizes(axis: str) -> tuple[str, ...]:
