@@ -199,7 +199,8 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
     yield (
         f"average {plan.average():.3f} bits per weight of the {len(plan.free)} free layers; all weights "
         f"{size(plan.onnx_bytes())} in the ONNX file (INT4 up to 4 bits, INT8 above and in depthwise "
-        f"layers; scales, biases and the graph come on top), {size(plan.bytes())} packed in student.safetensors; summed "
+        f"layers; scales, biases and the graph come on top), {size(plan.bytes())} packed in "
+        f"student.safetensors; summed "
         f"sensitivity {plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
     )
 

@@ -179,16 +179,27 @@ def test_nan_stops_with_the_step(teacher):
         make(teacher, lr=1e38, steps=60)
 
 
-def test_class_centres_need_pooled_features():
-    class Spatial(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c, self.b, self.last = conv(), nn.BatchNorm2d(4), conv(4, 5)
+class Spatial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.b, self.last = conv(), nn.BatchNorm2d(4), conv(4, 5)
 
-        def forward(self, x):
-            return self.last(self.b(self.c(x))).mean((2, 3))
+    def forward(self, x):
+        return self.last(self.b(self.c(x))).mean((2, 3))
 
-    teacher = Teacher(network_of(Spatial()), ModelInfo("spatial", (3, 8, 8)))
+
+class Flattened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.b, self.last = conv(), nn.BatchNorm2d(4), nn.Linear(4 * 64, 5)
+
+    def forward(self, x):
+        return self.last(self.b(self.c(x)).flatten(1))
+
+
+@pytest.mark.parametrize("kind", [Spatial, Flattened])
+def test_class_centres_need_pooled_features(kind):
+    teacher = Teacher(network_of(kind()), ModelInfo("spatial", (3, 8, 8)))
     with pytest.raises(UsageError, match=r"\(4, 8, 8\).*pooled.*class_band=0"):
         make(teacher, losses=INTRAQ)
 

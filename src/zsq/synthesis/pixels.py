@@ -37,7 +37,7 @@ from zsq.runtime.seeds import derive_seed
 from zsq.runtime.tasks import Task
 from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import PASS, batch_sizes
-from zsq.synthesis.centers import ClassCenters
+from zsq.synthesis.centers import ClassCenters, pooled_width
 from zsq.synthesis.dealing import dealt
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.objective import count_classes
@@ -141,18 +141,7 @@ class _Objective:
         self.variances = [target.variance.to(policy.device) for target in targets]
         self.settings, self.policy, self.shape = settings, policy, teacher.info.input_shape
         if self.with_features:
-            self.width = self._feature_width(teacher)
-
-    def _feature_width(self, teacher: Teacher) -> int:
-        sample = torch.zeros(1, *teacher.info.input_shape, device=self.policy.device)
-        shape = self.tapped(sample)[1].shape
-        if shape[1:].numel() != shape[1]:
-            raise UsageError(
-                f"the classifier of {teacher.info.reference} reads features of shape {tuple(shape[1:])}, "
-                "not pooled ones, so images have no distance to a class centre; leave that term out with "
-                "--set synthesis.losses.class_band=0."
-            )
-        return int(shape[1])
+            self.width = pooled_width(teacher)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return logits, pooled features where they are needed, and batch norm inputs."""
