@@ -197,3 +197,10 @@ def test_unusable_files_are_refused_in_a_sentence(tmp_path, content):
 def test_unknown_recipes_list_the_known_ones(name):
     with pytest.raises(UsageError, match="genie"):
         load_recipe(name)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["tuning.scale_lr", "tuning.beta_start", "synthesis.latent_lr"])
+def test_settings_are_finite(key, value):
+    with pytest.raises(UsageError, match=rf"{key}.*finite"):
+        load_recipe("genie", settings=[f"{key}={value}"])

@@ -219,7 +219,9 @@ def test_metrics_name_the_piece(teacher, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_piece_the_step_and_a_hint(teacher):
-    with pytest.raises(RunError, match=r"of stem became nan at step 3\. Lower tuning\.rounding_lr"):
+    with pytest.raises(
+        RunError, match=r"of stem became nan at or before step 3\. Lower tuning\.rounding_lr"
+    ):
         tuned(teacher, "tuning.scale_lr=1e30")
 
 

@@ -25,7 +25,7 @@ def record_terms(
     for name, value in zip(names, read, strict=True):
         if not math.isfinite(value):
             raise RunError(
-                f"the loss term {name!r} became {value} at step {step} of {stage}. Lower "
+                f"the loss term {name!r} became {value} at or before step {step} of {stage}. Lower "
                 "synthesis.lr or tuning.lr with --set, or try --precision fp32."
             )
     context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]

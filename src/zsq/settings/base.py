@@ -11,9 +11,11 @@ from zsq.errors import UsageError
 
 
 class Part(BaseModel):
-    """A frozen group of settings; unknown names are errors, docstrings are descriptions."""
+    """A frozen group of finite settings; unknown names are errors, docstrings are descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Bits(Part):

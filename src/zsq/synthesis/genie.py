@@ -230,7 +230,7 @@ def _record(context: Context, loss: Tensor, step: int, index: int) -> None:
     value = float(loss)
     if not math.isfinite(value):
         raise RunError(
-            f"the synthesis loss became {value} at step {step}. Lower synthesis.latent_lr or "
+            f"the synthesis loss became {value} at or before step {step}. Lower synthesis.latent_lr or "
             "synthesis.generator_lr with --set, or try --precision fp32."
         )
     context.record("synthesis", step, loss=value, batch=index)

@@ -236,7 +236,7 @@ def _record(context: Context, step: int, loss: Tensor) -> None:
     value = float(loss)
     if not math.isfinite(value):
         raise RunError(
-            f"the loss of the architecture search became {value} at step {step}. Use the published "
+            f"the loss of the architecture search became {value} at or before step {step}. Use the published "
             "one with --set synthesis.architecture=published, or try --precision fp32."
         )
     context.record("search", step, loss=value)

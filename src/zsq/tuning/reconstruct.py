@@ -206,8 +206,8 @@ def _record(context: Context, loss: Tensor, step: int, index: int, piece: Piece)
     value = float(context.group.mean({"loss": loss}, 1 / context.group.size)["loss"])
     if not math.isfinite(value):
         raise RunError(
-            f"the reconstruction loss of {piece.name} became {value} at step {step}. Lower tuning.rounding_lr "
-            "or tuning.scale_lr with --set, and check the images for outliers."
+            f"the reconstruction loss of {piece.name} became {value} at or before step {step}. Lower "
+            "tuning.rounding_lr or tuning.scale_lr with --set, and check the images for outliers."
         )
     context.record("tuning", step, loss=value, piece=piece.name, index=index)
 
