@@ -129,3 +129,14 @@ def test_a_folder_without_a_run_is_refused(model, tmp_path, monkeypatch, capsys)
                        "--images-from", tmp_path, "--quiet")  # fmt: skip
     assert code == 2
     assert "not a readable zsq run" in err
+
+
+def test_bits_do_not_go_into_the_folder_of_a_run(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    code, _, err = zsq(
+        monkeypatch, capsys, "bits", model, "--budget", "4.6", "-o", tmp_path / "run", *SHAPE
+    )
+    assert code == 2
+    assert "holds a run" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]

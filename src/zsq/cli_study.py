@@ -110,7 +110,7 @@ def bits(
         "in the ONNX file, INT4 up to 4 bits and INT8 above (1.7MB), bit operations of one image (2.5GBOP), or "
         "its time in ONNX Runtime on one thread (1.3ms, added up from each layer's share of a run)."))],
     out: Annotated[str | None, typer.Option("-o", "--out", help=(
-        "Folder for bits.yaml and its pictures."))] = None,
+        "Folder for bits.yaml and its pictures; not that of a run."))] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
     width: Annotated[str | None, typer.Option("--bits", help=(
         "Activations of the result, as in w4a4."))] = None,
@@ -137,11 +137,16 @@ def bits(
     from zsq.artifact.given import given_images
     from zsq.bits.choose import choose_bits
     from zsq.bits.plots import write_plan
+    from zsq.errors import UsageError
     from zsq.runtime.context import Context
     from zsq.runtime.policy import make_policy
     from zsq.tables import bits_tables
     from zsq.teacher.teacher import load_teacher
 
+    if out is not None and (Path(out) / "run.json").exists():  # its own bits.yaml may be in there
+        raise UsageError(
+            f"{out} holds a run, whose bits are settled; choose another folder with -o."
+        )
     teacher = load_teacher(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
