@@ -132,7 +132,7 @@ def quantize(
         resolved = load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
     images = known_to_all(group, images, images_from)
     policy = make_policy(
-        device, precision, compile, parse_memory(memory) if isinstance(memory, str) else memory
+        device, precision, compile, None if memory is None else parse_memory(memory)
     )
     policy = replace(policy, dtype=group.send(policy.dtype, 0))
     context = Context(

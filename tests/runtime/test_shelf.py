@@ -13,13 +13,19 @@ from zsq.runtime.shelf import Shelf, describe, half_of_memory, parse_memory
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("8GB", 8 * 10**9), ("512 MiB", 512 * 2**20), ("0.5gb", 5 * 10**8), ("1000", 1000)],
+    [
+        ("8GB", 8 * 10**9),
+        ("512 MiB", 512 * 2**20),
+        ("0.5gb", 5 * 10**8),
+        ("1000", 1000),
+        (1000, 1000),
+    ],
 )
 def test_amounts_are_read_with_their_units(text, wanted):
     assert parse_memory(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0", "0.0GB", "8 apples", "GB"])
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0", "0.0GB", "8 apples", "GB", -5, 0])
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(UsageError, match="8GB"):
         parse_memory(text)

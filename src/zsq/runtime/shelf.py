@@ -24,11 +24,12 @@ ALIVE = 4
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(given: str | int) -> int:
     """Read an amount of memory in bytes.
 
     Args:
-        text: a number with ``KB``, ``MB``, ``GB`` (powers of 1,000), ``KiB``, ``MiB``, ``GiB`` or none.
+        given: bytes, or a number with ``KB``, ``MB``, ``GB`` (powers of 1,000), ``KiB``, ``MiB``,
+            ``GiB`` or none.
 
     Raises:
         UsageError: not an amount, or not positive.
@@ -37,6 +38,7 @@ def parse_memory(text: str) -> int:
         >>> parse_memory("1.5GB"), parse_memory("2 GiB")
         (1500000000, 2147483648)
     """
+    text = str(given)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     amount = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
     if amount <= 0:
