@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zsq.errors import RunError
-from zsq.runtime.files import atomic_write
+from zsq.errors import RunError, UsageError
+from zsq.runtime.files import atomic_write, check_destination, remove_leftovers
 
 
 @contextmanager
@@ -53,11 +53,15 @@ def test_replaces_the_file_only_at_the_end_of_the_block(target):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_creates_a_file_with_the_permissions_of_any_new_file(tmp_path):
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_bytes(b""), lambda path: save_file({}, path)],
+    ids=["python", "safetensors"],
+)  # fmt: skip
+def test_creates_a_file_with_the_permissions_of_any_new_file(tmp_path, write):
     ordinary = tmp_path / "ordinary"
     ordinary.write_bytes(b"")
     with atomic_write(str(tmp_path / "new")) as temporary:
-        temporary.write_bytes(b"")
+        write(temporary)
     new = tmp_path / "new"
     assert stat.S_IMODE(new.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
 
@@ -144,3 +148,23 @@ def test_other_errors_of_the_same_type_are_left_alone(target):
         write_half_and_raise(target, RuntimeError("size mismatch"))
     assert not isinstance(caught.value, RunError)
     assert_untouched(target)
+
+
+def test_what_killed_writers_left_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, missing_ok=False: None)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        left = temporary
+    monkeypatch.undo()
+    left.write_text("half")
+    (tmp_path / ".mine.tmp").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "a.txt"]
+
+
+def test_a_place_where_no_file_can_be_written_is_known_before_the_work(tmp_path, monkeypatch):
+    for path, says in ((tmp_path, "is a folder"), (tmp_path / "missing" / "a", "no folder")):
+        with pytest.raises(UsageError, match=says):
+            check_destination(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root everything is writable
+    with pytest.raises(UsageError, match="not writable"):
+        check_destination(tmp_path / "a")

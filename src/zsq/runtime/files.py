@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from zsq.errors import RunError
+from zsq.errors import RunError, UsageError
+
+#: Names of the files that `atomic_write` has its blocks write to.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -40,20 +45,58 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # O_EXCL: never write through a link that somebody put there. The umask applies as usual.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file of its own there, for the owner only
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except Exception as error:
         if not _is_failed_write(error, path.parent):
             raise
         raise RunError(
-            f"cannot write {path}: {_reason(error)}. What was there before is untouched: free some "
-            "space or make the folder writable, then run the same command with --resume."
+            f"cannot write {path}: {_reason(error)}. What was there before is untouched; free some space or "
+            "make the folder writable, then run the command again (`quantize` with --resume)."
         ) from error
     finally:
         with suppress(OSError):  # the folder may be what is missing
             temporary.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a file is what a process left that was killed while it wrote.
+
+    Example:
+        >>> is_leftover(Path("run/.run.json.0123abcd.tmp")), is_leftover(Path("run/.mine.tmp"))
+        (True, False)
+    """
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left in a folder; no other may be writing there."""
+    for path in filter(is_leftover, folder.glob(".*.tmp")):
+        with suppress(OSError):  # it is in nobody's way
+            path.unlink()
+
+
+def check_destination(path: Path) -> None:
+    """Find out before the work that its result cannot be written.
+
+    Raises:
+        UsageError: the path is a folder, or its folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file.")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"cannot write {path}: there is no folder {path.parent}; create it, or choose another."
+        )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"cannot write {path}: the folder {path.parent} is not writable; make it so, or choose another."
+        )
 
 
 def _flush_to_disk(path: Path) -> None:
