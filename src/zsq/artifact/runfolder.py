@@ -24,21 +24,30 @@ from typing import Any
 
 from zsq.errors import RunError, UsageError
 from zsq.runtime.environment import environment
-from zsq.runtime.files import atomic_write
+from zsq.runtime.files import atomic_write, is_leftover, remove_leftovers
 
 FORMAT = 1
 
 
 class RunFolder:
-    """A run's folder; `RunFolder.start` or `RunFolder.open` make one."""
+    """A run's folder; `RunFolder.start` or `RunFolder.open` make one.
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    Attributes:
+        path: where it is.
+        record: what ``run.json`` says.
+        begun: by this object, so that nothing in it is older.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], *, begun: bool = False) -> None:
         self.path = path
         self.record = record
+        self.begun = begun
 
     @classmethod
     def start(cls, path: Path | str, identity: dict[str, Any], *, resume: bool) -> RunFolder:
         """Begin a run in a folder, or go on with the one it holds.
+
+        What a killed process left half written is deleted: one process at a time may start a run.
 
         Args:
             path: created where missing.
@@ -53,8 +62,12 @@ class RunFolder:
         if (path / "run.json").exists():
             folder = cls.open(path)
             folder._check_same(identity, resume)
+            for place in (path, folder.file("checkpoints")):
+                remove_leftovers(place)
             return folder
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (
+            not path.is_dir() or not all(is_leftover(found) for found in path.iterdir())
+        ):
             raise UsageError(
                 f"{path} is not an empty folder and holds no zsq run; choose another folder with -o, "
                 "nothing in this one was touched."
@@ -65,10 +78,11 @@ class RunFolder:
             raise RunError(
                 f"cannot create {path}: {error.strerror}; choose another folder."
             ) from error
+        remove_leftovers(path)
         folder = cls(path, {
             "format": FORMAT, "status": "running", "identity": identity,
             "environment": environment(), "timings": {}, "results": {},
-        })  # fmt: skip
+        }, begun=True)  # fmt: skip
         folder.save()
         return folder
 
@@ -90,6 +104,11 @@ class RunFolder:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise UsageError(
                 f"{path}/run.json is not of format {FORMAT}; it is damaged or of another zsq."
+            )
+        if not _is_whole(record):
+            raise UsageError(
+                f"{path}/run.json is damaged: it does not say which model and recipe the run is of, how "
+                "long it took, or what came out; repeat the run in another folder."
             )
         return cls(path, record)
 
@@ -129,6 +148,14 @@ class RunFolder:
         self.save()
         shutil.rmtree(self.file("checkpoints"), ignore_errors=True)
 
+    def withdraw(self) -> None:
+        """Empty the folder of a run that this object began and that has made nothing yet."""
+        beginnings = {"run.json", "recipe.yaml", "teacher.safetensors", "metrics.jsonl"}
+        found = list(self.path.iterdir())
+        if self.begun and {file.name for file in found} <= beginnings:
+            for file in found:
+                file.unlink()
+
     def file(self, name: str) -> Path:
         """Return the path of one of the folder's files."""
         return self.path / name
@@ -146,6 +173,15 @@ class RunFolder:
                 "own command and --resume."
             )
         return path
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Tell whether a record has what every command reads of it."""
+    parts = [record.get(key) for key in ("identity", "environment", "timings", "results")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    identity = record["identity"]
+    return isinstance(identity.get("model"), str) and isinstance(identity.get("recipe"), dict)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

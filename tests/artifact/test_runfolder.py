@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run, without a run."""
+
+import json
+
+import pytest
+
+from zsq.artifact.runfolder import RunFolder
+from zsq.errors import UsageError
+
+IDENTITY = {"model": "net.pt2", "recipe": {"name": "genie"}, "seed": 0}
+
+
+def test_what_a_kill_left_in_the_first_write_is_no_obstacle(tmp_path):
+    (tmp_path / ".run.json.0123abcd.tmp").write_text("{")
+    folder = RunFolder.start(tmp_path, IDENTITY, resume=True)
+    assert folder.record["status"] == "running"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_a_kill_left_later_is_deleted_when_the_run_goes_on(tmp_path):
+    folder = RunFolder.start(tmp_path, IDENTITY, resume=False)
+    folder.file("checkpoints").mkdir()
+    left = [folder.file(".run.json.0123abcd.tmp"), folder.file("checkpoints") / ".a.0123abcd.tmp"]
+    for path in left:
+        path.write_text("{")
+    RunFolder.start(tmp_path, IDENTITY, resume=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_hidden_files_of_others_are_not_touched(tmp_path):
+    (tmp_path / ".thesis.tmp").write_text("all of it")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        RunFolder.start(tmp_path, IDENTITY, resume=False)
+    assert (tmp_path / ".thesis.tmp").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"identity": {}}, {"identity": {"model": "a"}}, {"identity": {"model": "a", "recipe": 3}},
+    {"identity": None}, {"results": 3}, {"timings": []}, {"environment": "a"},
+])  # fmt: skip
+def test_a_damaged_record_that_is_json_is_refused(tmp_path, change):
+    RunFolder.start(tmp_path, IDENTITY, resume=False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | change))
+    for use in (RunFolder.open, lambda path: RunFolder.start(path, IDENTITY, resume=True)):
+        with pytest.raises(UsageError, match=r"run\.json is damaged"):
+            use(tmp_path)
+
+
+def test_only_a_run_that_was_begun_for_nothing_is_withdrawn(tmp_path):
+    begun = RunFolder.start(tmp_path / "run", IDENTITY, resume=False)
+    begun.write_text("recipe.yaml", "")
+    RunFolder.start(tmp_path / "run", IDENTITY, resume=True).withdraw()  # not begun by this one
+    assert begun.file("run.json").exists()
+    begun.write_text("images.safetensors", "")
+    begun.withdraw()
+    assert begun.file("run.json").exists()
+    begun.file("images.safetensors").unlink()
+    begun.withdraw()
+    assert not list(begun.path.iterdir())
