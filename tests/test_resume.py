@@ -124,6 +124,23 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, monkeypatch, capsys)
     assert weights(whole / "full") == weights(whole / "whole")
 
 
+def test_the_file_that_did_not_fit_a_full_disk_is_named(whole, monkeypatch, capsys):
+    replace, full = os.replace, []
+
+    def fill(source, target):
+        if full or str(target).endswith("synthesis_001.safetensors"):
+            full.append(target)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fill)
+        code, _, err = zsq(patched, capsys, *arguments(whole, "filled"))
+    assert code == 1
+    assert "synthesis_001.safetensors" in err
+    assert len(full) > 1  # run.json did not fit either
+
+
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_a_hint(whole, monkeypatch, capsys):
     code, _, err = zsq(
         monkeypatch, capsys,

@@ -153,6 +153,11 @@ def _of_run(path: Path, device: str, simulate: bool) -> tuple[dict[str, Network]
         "student": _on_device(student, device),
     }
     file, integers = folder.file("model.onnx"), folder.file("integer.safetensors")
+    if file.exists() != integers.exists():
+        there, gone = (file, integers) if file.exists() else (integers, file)
+        raise UsageError(
+            f"{path} has {there.name} but no {gone.name}; run `zsq export {path}` to make both again."
+        )
     if file.exists() and integers.exists():
         networks["onnx"] = open_onnx(file)
         if simulate:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,34 +13,23 @@ from torch import Tensor, nn
 
 from zsq.artifact.given import known_to_all
 from zsq.artifact.identity import check_agreement, run_identity
-from zsq.artifact.networkfile import (
-    load_saved_teacher,
-    load_shared_student,
-    load_student,
-    save_student,
-    save_teacher,
-)
-from zsq.artifact.report import write_report
+from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import read_plan
-from zsq.bits.plots import write_plan
-from zsq.config import LARGE_SIDE, Recipe, load_recipe, to_yaml
-from zsq.export.export import export_student
+from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.export.parity import ExportReport
+from zsq.running import carry_out, export_run, make_student
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
+from zsq.runtime.files import check_destination
 from zsq.runtime.group import Group
-from zsq.runtime.metrics import HeldRecords, MetricsLog
+from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.runtime.shelf import parse_memory
-from zsq.stages import Images, choose_images, learns_together, produce, tuned
-from zsq.student import Student, prepared_network
-from zsq.synthesis.images import ImageSet
-from zsq.teacher.teacher import Teacher, load_teacher, shape_of
-
-#: Images that calibrate extra edges and judge parity at export.
-EXPORT_IMAGES = 256
+from zsq.stages import Images, produce
+from zsq.student import Student
+from zsq.teacher.teacher import load_teacher, shape_of
 
 
 def quantize(
@@ -101,7 +88,8 @@ def quantize(
         memory: most that block inputs, and a step of GENIE's synthesis, may take on the host, in bytes or
             like ``"8GB"``; None is half of the machine's. Results do not depend on it.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
-        resume: go on with an interrupted run in ``out``.
+        resume: go on with an interrupted run in ``out``, or make again what is missing of a
+            finished one.
         report: diagnose the layers and write ``report.html`` into ``out`` at the end.
         reporter: progress; quiet by default.
         group: the processes that share the run, from `zsq.runtime.joining.joined`; each makes the same
@@ -145,86 +133,9 @@ def quantize(
     if group.rank:
         checkpoints = SharedCheckpoints(None, group)
         context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
-        return _produce(None, teacher, resolved, images, context)
+        return make_student(None, teacher, resolved, images, context)
     folder = RunFolder.start(out, identity, resume=resume)
-    folder.record["processes"] = group.size
-    with MetricsLog(folder.file("metrics.jsonl")) as metrics:
-        checkpoints = SharedCheckpoints(folder.file("checkpoints"), group)
-        context = replace(context, checkpoints=checkpoints, metrics=metrics)
-        student = _run(folder, teacher, resolved, images, context)
-    if plan is not None:
-        write_plan(plan, folder.path)
-    folder.finish()
-    if report:
-        write_report([folder.path], reporter=context.reporter)
-    return student
-
-
-@contextmanager
-def _timed(folder: RunFolder | None, stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if folder is not None:
-            folder.note_time(stage, time.perf_counter() - start)
-            folder.save()
-
-
-def _run(
-    folder: RunFolder, teacher: Teacher, recipe: Recipe, images: Images, context: Context
-) -> Student:
-    """All stages of a run with a folder; finished ones are read back."""
-    folder.write_text("recipe.yaml", to_yaml(recipe))
-    if not folder.file("teacher.safetensors").exists():
-        save_teacher(teacher, folder.file("teacher.safetensors"))
-    student = _produce(folder, teacher, recipe, images, context)
-    if not folder.file("model.onnx").exists() or "export" not in folder.record["results"]:
-        with _timed(folder, "export"):
-            _export(folder, "ort-cpu", folder.file("model.onnx"), False, context.reporter)
-    return student
-
-
-def _produce(
-    folder: RunFolder | None, teacher: Teacher, recipe: Recipe, images: Images, context: Context
-) -> Student:
-    """Write a run's images and its student, each unless it is there; return the student.
-
-    All processes of a group call this; ``folder`` is None on those that write nothing.
-    """
-    group = context.group
-    pictures, result = (
-        folder.file(name) if folder else Path() for name in ("images.safetensors", "student.safetensors")
-    )  # fmt: skip
-    if not group.from_first(result.exists):
-        if learns_together(recipe, images):
-            with _timed(folder, "tuning"):
-                student, chosen = produce(teacher, recipe, None, context)
-            _save_images(folder, chosen)
-        else:
-            if not group.from_first(pictures.exists):
-                with _timed(folder, "images"):
-                    chosen = choose_images(teacher, recipe, images, context)
-                _save_images(folder, chosen)
-            with _timed(folder, "tuning"):
-                chosen = ImageSet.shared(group, lambda: ImageSet.load(pictures))
-                student = tuned(teacher, recipe, chosen, context)
-        if folder is not None:
-            _keep_snapshots(folder)
-            save_student(student.to("cpu"), result)
-    return load_shared_student(result, group)
-
-
-def _save_images(folder: RunFolder | None, images: ImageSet) -> None:
-    if folder is not None:
-        images.save(folder.file("images.safetensors"))
-
-
-def _keep_snapshots(folder: RunFolder) -> None:
-    """Move snapshots of the weights out of the checkpoints, which end with the run."""
-    for snapshot in sorted(folder.file("checkpoints").glob("path_*.safetensors")):
-        folder.file("path").mkdir(exist_ok=True)
-        snapshot.replace(folder.file("path") / snapshot.name)
+    return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
 
 
 def load(run: str | Path) -> Student:
@@ -268,35 +179,12 @@ def export(
         Agreement, fused layers, size and time.
 
     Raises:
-        UsageError: unknown target, or no finished run.
+        UsageError: unknown target, no finished run, or a place where no file can be written.
         RunError: layers did not fuse, or the file could not be written.
     """
     folder = RunFolder.open(run)
     destination = Path(path) if path is not None else folder.file("model.onnx")
-    report = _export(folder, target, destination, allow_partial, reporter)
+    check_destination(destination)
+    report = export_run(folder, target, destination, allow_partial, reporter)
     folder.save()
-    return report
-
-
-def _export(
-    folder: RunFolder,
-    target: str,
-    destination: Path,
-    allow_partial: bool,
-    reporter: Reporter | None,
-) -> ExportReport:
-    student = load_student(folder.require("student.safetensors"))
-    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
-    images = ImageSet.load(folder.require("images.safetensors"))
-    float_network = prepared_network(
-        teacher, student.recipe.model_copy(update={"fold_batch_norm": True})
-    )
-    if reporter is not None:
-        reporter.note("export: writing the ONNX file and running it against the simulation")
-    report, integer = export_student(
-        student, float_network, images.images[:EXPORT_IMAGES], destination,
-        target=target, allow_partial=allow_partial,
-    )  # fmt: skip
-    save_student(integer, folder.file("integer.safetensors"))
-    folder.record["results"]["export"] = report.to_dict()
     return report

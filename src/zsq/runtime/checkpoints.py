@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,11 +42,27 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     Raises:
         UsageError: the file is missing, truncated or not safetensors.
     """
+    with _opened(path) as file:
+        metadata = json.loads((file.metadata() or {}).get("zsq", "{}"))
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, metadata
+
+
+def check_tensors(path: Path) -> None:
+    """Open what `save_tensors` wrote and read no tensor; the header tells how long the file must be.
+
+    Raises:
+        UsageError: the file is missing, truncated or not safetensors.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("zsq", "{}"))
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, metadata
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read ({str(error)[:120]}); it is missing, truncated or not a "
