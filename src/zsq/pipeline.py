@@ -27,7 +27,7 @@ from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.runtime.shelf import parse_memory
-from zsq.stages import Images, produce
+from zsq.stages import Images, check_request, produce
 from zsq.student import Student
 from zsq.teacher.teacher import load_teacher, shape_of
 
@@ -119,6 +119,9 @@ def quantize(
     if plan is not None:
         resolved = load_recipe(resolved, overrides=plan.overrides(teacher, resolved))
     images = known_to_all(group, images, images_from)
+    begun = out is not None and (Path(out) / "run.json").exists()
+    if not begun:  # else it was checked when it was
+        check_request(teacher, resolved, images, group)
     policy = make_policy(
         device, precision, compile, None if memory is None else parse_memory(memory)
     )

@@ -22,7 +22,7 @@ from zsq.artifact.wholeness import check_files, has_report, is_complete
 from zsq.bits.plan import BitsPlan
 from zsq.bits.plots import write_plan
 from zsq.config import Recipe, to_yaml
-from zsq.errors import RunError
+from zsq.errors import RunError, UsageError
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
 from zsq.runtime.checkpoints import SharedCheckpoints
@@ -61,7 +61,7 @@ def carry_out(
     complete = is_complete(folder)
     if not complete:
         folder.record["processes"] = context.group.size
-    with MetricsLog(folder.file("metrics.jsonl")) as metrics:
+    with _withdrawn_if_impossible(folder), MetricsLog(folder.file("metrics.jsonl")) as metrics:
         checkpoints = SharedCheckpoints(folder.file("checkpoints"), context.group)
         context = replace(context, checkpoints=checkpoints, metrics=metrics)
         student = _stages(folder, teacher, recipe, images, context)
@@ -71,6 +71,19 @@ def carry_out(
     if report and not (complete and has_report(folder)):
         write_report([folder.path], reporter=context.reporter)
     return student
+
+
+@contextmanager
+def _withdrawn_if_impossible(folder: RunFolder) -> Iterator[None]:
+    """Let a request that cannot work, and of which nothing was made, leave no folder behind.
+
+    It would hold "another run" when the request is repeated as the error advises.
+    """
+    try:
+        yield
+    except UsageError:
+        folder.withdraw()
+        raise
 
 
 def _stages(

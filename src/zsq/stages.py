@@ -18,22 +18,50 @@ from zsq.config import (
     Reconstruction,
     load_recipe,
 )
-from zsq.evaluation.folder import load_images, open_folder
+from zsq.evaluation.folder import ImageFolder, load_images, open_folder
+from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
+from zsq.runtime.group import Group
 from zsq.runtime.seeds import seeded
-from zsq.student import Student, attach, calibrate_student
+from zsq.student import Student, attach, calibrate_student, prepared_network
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner, synthesize_with_generator
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.equalize import equalized
+from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
 from zsq.tuning.objective import check_terms
 from zsq.tuning.reconstruct import reconstruct
 
 Images = ImageSet | Tensor | str | Path | None
+
+
+def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group) -> None:
+    """Find out what cannot work before a run is begun, whose folder would be in the way afterwards.
+
+    Args:
+        teacher: stays as it is.
+        recipe: resolved.
+        images: of process 0; what the others hold is a name.
+        group: the processes of the run.
+
+    Raises:
+        UsageError: nothing to quantize, nothing to synthesise images from, or unsuitable images.
+    """
+    place(prepared_network(teacher, recipe), recipe.protocol, recipe.bits, recipe.overrides)
+    if images is None:
+        tap_batch_norms(teacher.network)
+    if group.rank or images is None:
+        return
+    if isinstance(images, Tensor):
+        images = ImageSet(images, torch.zeros(len(images)))
+    if isinstance(images, ImageSet):
+        images.check(teacher.info.input_shape)
+    else:
+        _opened(teacher, images)
 
 
 def synthesize(
@@ -160,21 +188,26 @@ def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Con
 def _given_or_read(
     teacher: Teacher, recipe: Recipe, images: ImageSet | Tensor | str | Path, context: Context
 ) -> ImageSet:
-    info = teacher.info
+    shape = teacher.info.input_shape
     if isinstance(images, ImageSet):
-        return images.check(info.input_shape)
+        return images.check(shape)
     if isinstance(images, Tensor):
         given = ImageSet(
             images.float(), torch.zeros(len(images), dtype=torch.long), {"method": "given"}
         )
-        given.check(info.input_shape)
+        given.check(shape)
         return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
-    opened = open_folder(
-        images, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
-        interpolation=info.interpolation,
-    )  # fmt: skip
+    opened = _opened(teacher, images)
     pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)
     provenance: dict[str, object] = {
         "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
     }  # fmt: skip
-    return ImageSet(pixels, labels, provenance).check(info.input_shape)
+    return ImageSet(pixels, labels, provenance).check(shape)
+
+
+def _opened(teacher: Teacher, folder: str | Path) -> ImageFolder:
+    info = teacher.info
+    return open_folder(
+        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
+        interpolation=info.interpolation,
+    )  # fmt: skip

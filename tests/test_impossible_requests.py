@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that cannot work leave no run behind that would be in the way of the next one."""
+
+import pytest
+import torch
+from helpers.runs import FEW, write_images
+from torch import nn
+
+from zsq import quantize, running
+from zsq.errors import UsageError
+
+SETTINGS = FEW[1:10:2]
+
+
+class Mean(nn.Module):
+    """A network with nothing to quantize, and no parameter."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def without_norms():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def ask(out, network, **more):
+    return quantize(
+        network.eval(), settings=SETTINGS, input_shape=(3, 8, 8), compile=False, precision="fp32",
+        report=False, out=out, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "more", "says"), [
+    (without_norms, {}, "--images"),
+    (Mean, {"images": torch.randn(8, 3, 8, 8)}, "nothing to"),
+    (without_norms, {"images": "nowhere", "mean": (0.5,) * 3, "std": (0.5,) * 3}, "nowhere"),
+    (without_norms, {"images": "."}, "--mean"),
+    (without_norms, {"images": torch.randn(8, 3, 9, 9)}, "shape"),
+    (without_norms, {"images": torch.randn(8, 3, 8, 8), "memory": -5}, "-5"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):
+    with pytest.raises(UsageError, match=says):
+        ask(tmp_path / "run", network(), **more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_turns_out_not_to_work_can_be_asked_for_otherwise(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise UsageError("give other images")
+
+    images = write_images(tmp_path / "images")
+    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "choose_images", refuse)
+        with pytest.raises(UsageError, match="other images"):
+            ask(tmp_path / "run", without_norms(), images=images, **normalisation)
+    other = torch.randn(8, 3, 8, 8)
+    assert ask(tmp_path / "run", without_norms(), images=other)(other).shape == (8, 5)
