@@ -7,7 +7,8 @@ import sys
 import pytest
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, zsq_json
 
-from zsq.errors import RunError, UsageError
+from zsq import cli, sweep
+from zsq.errors import RunError, UsageError, ZsqError
 from zsq.sweep import Sweep, run_sweep
 from zsq.sweep_ray import run_on_ray
 
@@ -29,6 +30,15 @@ def write_sweep(folder, recipes, seeds="[0]", data=None):
     return folder / "sweep.yaml"
 
 
+def in_this_process(arguments, threads):
+    """Stand in for `zsq.sweep._zsq`: the same command without the seconds that a process takes."""
+    try:
+        cli.app([*arguments, "--json"], standalone_mode=False)
+    except ZsqError as error:
+        return f"zsq: {error}"
+    return ""
+
+
 def test_a_sweep_fills_its_table_and_only_does_what_is_missing(tmp_path, monkeypatch, capsys):
     data = write_images(tmp_path / "images")
     file = write_sweep(tmp_path, "[genie]", "[0, 1]", data)
@@ -40,9 +50,37 @@ def test_a_sweep_fills_its_table_and_only_does_what_is_missing(tmp_path, monkeyp
     assert table.count("edges-8bit") == 2
     runs = [tmp_path / "out" / row["folder"] for row in first["cells"]]
     before = [(run / "student.safetensors").stat().st_mtime_ns for run in runs]
-    again = zsq_json(monkeypatch, capsys, "sweep", file, "-o", tmp_path / "out")
-    assert again == first
+    monkeypatch.setattr(sweep, "_zsq", in_this_process)
+    code, _, _ = zsq(monkeypatch, capsys, "sweep", file, "-o", tmp_path / "out", "--quiet")
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == first["cells"]
     assert before == [(run / "student.safetensors").stat().st_mtime_ns for run in runs]
+
+
+def test_a_changed_sweep_never_shows_the_numbers_of_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_zsq", in_this_process)
+    images, others = (
+        write_images(tmp_path / name, n) for name, n in (("images", 6), ("others", 9))
+    )
+    out = tmp_path / "out"
+
+    def row(code, *, steps=2, data=None):
+        file = write_sweep(tmp_path, "[genie]", data=data)
+        file.write_text(file.read_text().replace("tuning.steps=2", f"tuning.steps={steps}"))
+        assert zsq(monkeypatch, capsys, "sweep", file, "-o", out, "--quiet")[0] == code
+        return json.loads((out / "results.json").read_text())[0]
+
+    run = out / row(0, data=images)["folder"]
+    (run / "integer.safetensors").unlink()  # made again on the way
+    shown = row(0, data=others)
+    evaluation = json.loads((run / "run.json").read_text())["results"]["evaluation"]
+    assert (evaluation["data"], evaluation["student"]["images"]) == (others, 9)
+    assert shown["student"] == evaluation["student"]["top1"]
+    assert "student" not in row(0)
+    refused = row(1, steps=3, data=others)
+    assert refused["status"] == "failed"
+    assert "recipe.tuning.steps was 2, now 3" in refused["error"]
+    assert not {"student", "ratio", "seconds"} & set(refused)
 
 
 def test_a_cell_that_fails_says_why_and_stops_nothing(tmp_path, monkeypatch, capsys):
@@ -75,13 +113,13 @@ def test_a_missing_file_and_no_worker_are_refused(tmp_path):
 
 
 def test_cells_have_folders_of_their_own():
-    sweep = Sweep(
+    asked = Sweep(
         models=("a:b", "c/d.py:e"),
         recipes=("gdfq", "gdfq+ait"),
         bits=("w4a4", "w3a3"),
         seeds=(0, 1),
     )
-    folders = [cell.folder for cell in sweep.cells()]
+    folders = [cell.folder for cell in asked.cells()]
     assert len(set(folders)) == len(folders) == 16
     assert not any("/" in folder or ":" in folder for folder in folders)
 
@@ -116,11 +154,11 @@ def test_a_sweep_on_a_local_ray_fills_the_same_table(tmp_path, monkeypatch, caps
 @pytest.mark.filterwarnings("default")
 def test_a_cluster_that_does_not_answer_and_one_without_gpus_are_refused(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install zsq[ray]")
-    sweep = Sweep(models=("a",), recipes=("b",), options=("--device=cuda",))
+    asked = Sweep(models=("a",), recipes=("b",), options=("--device=cuda",))
     with pytest.raises(RunError, match="GPU"):
-        run_sweep(sweep, tmp_path, ray="local")
+        run_sweep(asked, tmp_path, ray="local")
     with pytest.raises(RunError, match="ray start"):
-        run_sweep(sweep, tmp_path, ray="nonsense")
+        run_sweep(asked, tmp_path, ray="nonsense")
 
 
 class FakeRay:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many runs from one file: models x recipes x bits x seeds, resumed where they are, one table.
 
-Every cell is a process of its own, `zsq quantize` with the cell's folder: a cell that fails or is
-killed costs nothing but itself, and the same sweep started again does what is missing. The processes
-run on this machine, or as tasks of a Ray cluster.
+Every cell is a process of its own, `zsq quantize --resume` with the cell's folder: a cell that fails
+or is killed costs nothing but itself, and the same sweep started again does what is missing. A cell
+that was made with other settings, another recipe or another network than the sweep now says is
+refused by that command, and fails: its numbers would be those of another sweep. The processes run on
+this machine, or as tasks of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -162,26 +164,26 @@ def _named(cell: Cell) -> dict[str, Any]:
 
 
 def _run_cell(sweep: Sweep, place: Path, cell: Cell, threads: int) -> dict[str, Any]:
-    """Quantize and evaluate one cell, each unless it is done; return what became of it."""
+    """Quantize and evaluate one cell, each unless it is done; return what became of it.
+
+    A finished cell too is asked to resume: only `quantize` can tell whether it is what the sweep says.
+    """
     folder = place / cell.folder
-    record = _record(folder)
-    if record.get("status") != "done":
-        failure = _zsq(_command(sweep, cell, folder), threads)
-        if failure:
-            return {"status": "failed", "error": failure}
-    if sweep.data is not None and "evaluation" not in _record(folder)["results"]:
+    failure = _zsq(_command(sweep, cell, folder), threads)
+    if failure:
+        return {"status": "failed", "error": failure}
+    if sweep.data is not None and not _scores(sweep, _record(folder)):
         failure = _zsq(["evaluate", str(folder), "--data", sweep.data, "--quiet"], threads)
         if failure:
             return {"status": "not evaluated", "error": failure}
-    return {"status": "done"} | _figures(_record(folder))
+    return {"status": "done"} | _figures(sweep, _record(folder))
 
 
 def _command(sweep: Sweep, cell: Cell, folder: Path) -> list[str]:
     settings = [part for setting in sweep.settings for part in ("--set", setting)]
-    resume = ["--resume"] if (folder / "run.json").exists() else []
     return [
         "quantize", cell.model, "--recipe", cell.recipe, "--bits", cell.bits, "--seed", str(cell.seed),
-        "--schedule", sweep.schedule, *settings, *sweep.options, *resume, "--quiet", "-o", str(folder),
+        "--schedule", sweep.schedule, *settings, *sweep.options, "--resume", "--quiet", "-o", str(folder),
     ]  # fmt: skip
 
 
@@ -206,10 +208,15 @@ def _record(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _figures(record: dict[str, Any]) -> dict[str, Any]:
+def _scores(sweep: Sweep, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a run's scores on the sweep's images; on others they are not the sweep's."""
+    scores: dict[str, Any] = record["results"].get("evaluation", {})
+    return scores if sweep.data is not None and scores.get("data") == sweep.data else None
+
+
+def _figures(sweep: Sweep, record: dict[str, Any]) -> dict[str, Any]:
     """Return a finished run's figures."""
-    results = record["results"]
-    scores, export = results.get("evaluation"), results.get("export", {})
+    scores, export = _scores(sweep, record), record["results"].get("export", {})
     figures: dict[str, Any] = {
         "protocol": record["identity"]["recipe"]["protocol"],
         "ratio": export.get("ratio"), "speedup": export.get("speedup"),
