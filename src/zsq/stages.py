@@ -49,9 +49,11 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
         group: the processes of the run.
 
     Raises:
-        UsageError: nothing to quantize, nothing to synthesise images from, or unsuitable images.
+        UsageError: nothing to quantize, nothing to synthesise images from or to
+            compare features of, or unsuitable images.
     """
     place(prepared_network(teacher, recipe), recipe.protocol, recipe.bits, recipe.overrides)
+    check_terms(teacher, recipe)
     if images is None:
         tap_batch_norms(teacher.network)
     if group.rank or images is None:
@@ -144,7 +146,6 @@ def produce(
     teacher: Teacher, recipe: Recipe, images: Images, context: Context
 ) -> tuple[Student, ImageSet]:
     """Return the tuned student and the images it was tuned on."""
-    check_terms(teacher, recipe)
     if learns_together(recipe, images):
         return tune_with_generator(teacher, attach(teacher, recipe), context=context)
     chosen = choose_images(teacher, recipe, images, context)

@@ -13,7 +13,7 @@ from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
 from zsq.runtime.metrics import MetricsLog, read_metrics
-from zsq.stages import produce, tune
+from zsq.stages import check_request, tune
 from zsq.student import attach
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.images import ImageSet
@@ -125,14 +125,13 @@ def test_what_is_recorded_is_the_share_of_the_students_own_integers(teacher, tmp
         assert ours == pytest.approx(theirs, abs=1e-6)
 
 
-def test_alignment_without_feature_maps_is_refused_before_any_image_is_made(monkeypatch):
+def test_alignment_without_feature_maps_is_refused_before_any_image_is_made():
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5)
     )
     flat = Teacher(network_of(net).requires_grad_(False), ModelInfo("flat", (3, 8, 8)))
-    monkeypatch.setattr("zsq.stages.choose_images", lambda *_: pytest.fail("images were made"))
     with pytest.raises(UsageError, match=r"flat puts out a feature map.*alignment=0"):
-        produce(flat, recipe(name="hast"), None, Context())
+        check_request(flat, recipe(name="hast"), None, Group())
 
 
 def test_labels_and_images_come_in_pairs(tmp_path):
