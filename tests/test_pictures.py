@@ -9,7 +9,7 @@ from helpers.runs import FEW, NORMALISATION, write_model, zsq, zsq_json
 from helpers.students import recipe
 from PIL import Image
 
-from zsq import judge
+from zsq import judge, quantize
 from zsq.artifact.networkfile import load_saved_teacher, save_teacher
 from zsq.evaluation.folder import open_folder
 from zsq.runtime.checkpoints import load_tensors, save_tensors
@@ -91,6 +91,15 @@ def test_saved_teachers_keep_it_and_old_files_say_bilinear(model, tmp_path):
     del header["info"]["interpolation"]
     save_tensors(path, tensors, header)
     assert load_saved_teacher(path).info.interpolation == "bilinear"
+
+
+def test_an_exported_file_says_it_too(monkeypatch, model, folder, tmp_path):
+    quantize(
+        model, recipe("tuning.steps=0"), images=torch.randn(4, 3, 8, 8), compile=False,
+        out=tmp_path / "run", report=False,
+    )  # fmt: skip
+    wanted = read(folder, resize=10, interpolation="bicubic")
+    assert torch.equal(judged(monkeypatch, tmp_path / "run" / "model.onnx", folder), wanted)
 
 
 def test_quantize_resizes_as_it_is_told_and_its_run_is_judged_so(

@@ -175,7 +175,11 @@ def _of_file(path: Path, given: dict[str, Any]) -> tuple[dict[str, Network], Mod
     if not chosen["input_shape"]:
         raise UsageError(f"{path} does not say its input shape; pass --input-shape C,H,W.")
     shape = tuple(int(side) for side in chosen["input_shape"])
-    info = ModelInfo(str(path), shape, chosen["mean"], chosen["std"])
+    resize = _numbers(properties.get("zsq.resize", ""))
+    info = ModelInfo(
+        str(path), shape, chosen["mean"], chosen["std"], resize=int(resize[0]) if resize else None,
+        interpolation=properties.get("zsq.interpolation", "bilinear"),
+    )  # fmt: skip
     return {"onnx": _runner(session)}, info
 
 

@@ -94,8 +94,9 @@ def _real(teacher: Teacher, folder: str | Path | None, count: int) -> ImageSet |
         return None
     info = teacher.info
     opened = open_folder(
-        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize
-    )
+        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
+        interpolation=info.interpolation,
+    )  # fmt: skip
     pixels, labels = load_images(opened, min(count, len(opened)), 0)
     return ImageSet(pixels, labels, {"method": "real"})
 

@@ -230,6 +230,8 @@ def _properties(student: Student) -> dict[str, str]:
         "input_shape": list(info.input_shape),
         "mean": info.mean,
         "std": info.std,
+        "resize": info.resize,
+        "interpolation": info.interpolation,
     }
     properties = {f"zsq.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     return {"zsq.version": version("zsq"), **properties}
