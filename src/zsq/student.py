@@ -134,7 +134,9 @@ def rounded_weight(weight: Tensor, bits: int, tuning: Tuning) -> Tensor:
 
 def _activation_quantizer(bits: int, tuning: Tuning) -> ActivationQuantizer:
     if isinstance(tuning, Finetuning):
-        return TrackedActivation(bits, decay=tuning.range_decay)
+        return TrackedActivation(
+            bits, decay=tuning.range_decay, stop=tuning.clamped_gradient == "stop"
+        )
     log_scale = isinstance(tuning, Reconstruction) and tuning.log_scale
     return ActivationQuantizer(bits, log_scale=log_scale)
 

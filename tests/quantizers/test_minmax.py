@@ -60,6 +60,23 @@ def test_straight_through_also_where_clamped():
     assert x.grad.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_can_stop_where_a_code_was_clamped(dtype):
+    """What autograd says of clamping to half a step beyond the outermost grid points."""
+    torch.manual_seed(0)
+    scale, zero = torch.tensor(0.375), torch.tensor(2.0)
+    x = (4 * torch.randn(50, 20)).to(dtype).requires_grad_()
+    upstream = torch.randn(50, 20).to(dtype)
+    found = straight_through(x, scale, zero, 7, stop=True)
+    assert torch.equal(found, straight_through(x, scale, zero, 7))
+    found.backward(upstream)
+    theirs = x.detach().clone().requires_grad_()
+    theirs.clamp(-2.5 * 0.375, 5.5 * 0.375).backward(upstream)
+    ties = (x.detach() == -2.5 * 0.375) | (x.detach() == 5.5 * 0.375)
+    assert torch.equal(x.grad[~ties], theirs.grad[~ties])
+    assert 0.05 < (x.grad == 0).float().mean() < 0.95
+
+
 def test_low_precision_is_rounded_in_float32_and_stays_low():
     x = (3 * torch.randn(40, 7)).bfloat16().requires_grad_()
     found = straight_through(x, torch.tensor(0.37), torch.tensor(3.0), 15)

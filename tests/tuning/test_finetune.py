@@ -314,6 +314,12 @@ def test_the_student_can_be_the_average_of_its_steps(teacher, monkeypatch):
         assert not torch.allclose(found.scale, MinMaxWeight(seen[-1][i], 4).scale, rtol=1e-4)
 
 
+def test_only_the_recipe_with_narrow_ranges_stops_gradients_where_it_clamps(teacher):
+    for name, stops in (("hast", True), ("hast-reference", False), ("gdfq", False)):
+        student = attach(teacher, recipe(name))
+        assert {q.stop for q in student.quantizers().values()} == {stops}
+
+
 def test_nan_stops_with_the_term_and_the_step(teacher):
     broken = ImageSet(torch.full((8, 3, 8, 8), 3e38), torch.zeros(8, dtype=torch.long))
     with pytest.raises(RunError, match=r"step \d+ of finetune"):

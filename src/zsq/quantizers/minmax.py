@@ -3,7 +3,8 @@
 
 Weights keep a float master whose grid spans each output channel's minimum and maximum and moves
 with them; activations get the running range of a warm-up, frozen afterwards. Gradients pass straight
-through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and its descendants.
+through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and its descendants, whose
+ranges clamp next to nothing. For narrower ranges activations can stop them there.
 """
 
 from __future__ import annotations
@@ -31,27 +32,37 @@ def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int) -
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Quantize and dequantize; the gradient passes as if nothing had happened."""
+    """Quantize and dequantize; the gradient passes as if nothing had happened, or not if clamped."""
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int, rounding: Rounding,
+        stop: bool,
     ) -> Tensor:  # fmt: skip
+        ctx.codes = (low, high) if stop else None  # type: ignore[attr-defined]
+        if stop:
+            ctx.save_for_backward(x, scale, zero_point)
         return rounding(x, scale, zero_point, high, low)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return gradient, None, None, None, None, None
+        if ctx.codes is not None:  # type: ignore[attr-defined]
+            x, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+            s, z = per_channel(scale, x), per_channel(zero_point, x)
+            codes = (x.float() / s).round_().add_(z)
+            inside = codes.clamp(*ctx.codes).eq_(codes)  # type: ignore[attr-defined]
+            gradient = gradient * inside.to(gradient.dtype)
+        return gradient, None, None, None, None, None, None
 
 
 def straight_through(
     x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int = 0,
-    rounding: Rounding = to_grid,
+    rounding: Rounding = to_grid, *, stop: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return ``x`` on a grid, with gradient 1 everywhere.
+    """Return ``x`` on a grid, with gradient 1 everywhere or wherever no code was clamped.
 
     Args:
         x: any shape, float32 or bfloat16.
@@ -60,6 +71,7 @@ def straight_through(
         high: largest code.
         low: smallest code.
         rounding: `to_grid`, or the same compiled.
+        stop: let no gradient pass where a code was clamped.
 
     Example:
         >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
@@ -68,7 +80,7 @@ def straight_through(
         >>> y.detach(), x.grad
         (tensor([0.3000, 1.5000]), tensor([1., 1.]))
     """
-    return _StraightThrough.apply(x, scale, zero_point, high, low, rounding)  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(x, scale, zero_point, high, low, rounding, stop)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class MinMaxWeight(nn.Module):
@@ -158,6 +170,7 @@ class TrackedActivation(ActivationQuantizer):
     Args:
         bits: 2 to 8.
         decay: of the running average.
+        stop: let no gradient pass where a value was clamped.
 
     Attributes:
         tracking: True while batches move the range; otherwise a forward pass changes nothing.
@@ -171,10 +184,10 @@ class TrackedActivation(ActivationQuantizer):
     rounding: Rounding
     widen: Callable[[Tensor], Tensor] | None
 
-    def __init__(self, bits: int, *, decay: float = 0.9) -> None:
+    def __init__(self, bits: int, *, decay: float = 0.9, stop: bool = False) -> None:
         super().__init__(bits, log_scale=False)
         self.raw_scale.requires_grad_(False)
-        self.decay = decay
+        self.decay, self.stop = decay, stop
         self.tracking = False
         self.rounding = to_grid
         self.widen = None
@@ -200,9 +213,11 @@ class TrackedActivation(ActivationQuantizer):
         self.calibrated.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the quantizer's grid, gradient passing straight through."""
+        """Return ``x`` on the quantizer's grid, gradient passing straight through or stopped."""
         if not self.enabled:
             return x
         if self.tracking:
             self.track(x)
-        return straight_through(x, self.scale, self.zero_point, self.high, self.low, self.rounding)
+        return straight_through(
+            x, self.scale, self.zero_point, self.high, self.low, self.rounding, stop=self.stop
+        )

@@ -135,6 +135,10 @@ class Finetuning(Calibration):
     ranges: Literal["minmax", "percentile", "error"] = "minmax"
     """What is frozen: the tracked minimum and maximum, as published; or, of the last warm-up batch,
     the range without its outermost values, or that of the least rounding error (exponent ``power``)."""
+    clamped_gradient: Literal["pass", "stop"] = "pass"
+    """What gradients do where an activation lay outside its range: pass, as published for ranges of
+    minimum and maximum, or stop. Ranges of least error clamp much at 3 bits, and there a gradient that
+    passes is wrong."""
     crop: Crop | None = None
     """Augmentation of given images."""
     lr: float = Field(default=1e-4, gt=0)
