@@ -143,9 +143,6 @@ class Finetuning(Calibration):
     """Augmentation of given images."""
     lr: float = Field(default=1e-4, gt=0)
     """Rate of SGD."""
-    lr_factor: float = Field(default=1.0, gt=0)
-    """Multiplies ``lr``: how much faster a schedule of few steps learns than the published one, whose
-    rate depends on the data set."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)

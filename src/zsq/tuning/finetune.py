@@ -191,7 +191,7 @@ class FineTuner:
             )
         self.context.group.sum_gradients(self.trained, batch.share)
         before = self.watch.codes() if measure else {}
-        rate = self.settings.lr * self.settings.lr_factor * factor
+        rate = self.settings.lr * factor
         for group in self.rest_rule.param_groups:
             group["lr"] = rate
         self.rest_rule.step()
