@@ -34,7 +34,7 @@ class ToldError(ZsqError):
 
 
 def yaml_problem(error: Exception) -> str:
-    """Say in one line what PyYAML found, without the picture of the place that it draws.
+    """Say in one line why a YAML file cannot be read, without PyYAML's picture of the place.
 
     Example:
         >>> import yaml

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
-from zsq.evaluation.folder import open_folder
+from zsq.evaluation.folder import open_for
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
 from zsq.runtime.policy import make_policy
@@ -87,9 +88,11 @@ def evaluate(
             std=std,
         )
         networks, info = {"teacher": _on_device(teacher.network, device)}, teacher.info
-    folder = open_folder(
-        data, input_shape=info.input_shape, mean=mean or info.mean, std=std or info.std,
-        resize=resize if resize is not None else info.resize, interpolation=info.interpolation,
+    folder = open_for(
+        replace(
+            info, mean=mean or info.mean, std=std or info.std,
+            resize=info.resize if resize is None else resize,
+        ), data,
     )  # fmt: skip
     reporter = reporter or QuietReporter()
     with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
@@ -158,7 +161,7 @@ def _of_run(path: Path, device: str, simulate: bool) -> tuple[dict[str, Network]
         raise UsageError(
             f"{path} has {there.name} but no {gone.name}; run `zsq export {path}` to make both again."
         )
-    if file.exists() and integers.exists():
+    if file.exists():
         networks["onnx"] = open_onnx(file)
         if simulate:
             networks["simulation"] = IntegerSimulation(load_student(integers))

@@ -18,7 +18,7 @@ from zsq.config import (
     Reconstruction,
     load_recipe,
 )
-from zsq.evaluation.folder import ImageFolder, load_images, open_folder
+from zsq.evaluation.folder import load_images, open_for
 from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
@@ -63,7 +63,7 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     if isinstance(images, ImageSet):
         images.check(teacher.info.input_shape)
     else:
-        _opened(teacher, images)
+        open_for(teacher.info, images)
 
 
 def synthesize(
@@ -198,17 +198,9 @@ def _given_or_read(
         )
         given.check(shape)
         return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
-    opened = _opened(teacher, images)
+    opened = open_for(teacher.info, images)
     pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)
     provenance: dict[str, object] = {
         "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
     }  # fmt: skip
     return ImageSet(pixels, labels, provenance).check(shape)
-
-
-def _opened(teacher: Teacher, folder: str | Path) -> ImageFolder:
-    info = teacher.info
-    return open_folder(
-        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
-        interpolation=info.interpolation,
-    )  # fmt: skip

@@ -58,8 +58,7 @@ class Sweep(Part):
         try:
             return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            problem = yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error)[:150]
-            raise UsageError(f"the sweep {path} cannot be read: {problem}.") from error
+            raise UsageError(f"the sweep {path} cannot be read: {yaml_problem(error)}.") from error
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "file"

@@ -20,17 +20,6 @@ from zsq.stages import tune
 from zsq.student import attach
 from zsq.tables import bits_tables
 
-
-@pytest.fixture(scope="module")
-def teacher():
-    return teacher_of()
-
-
-@pytest.fixture(scope="module")
-def images(teacher):
-    return labelled_images(teacher, 32)
-
-
 #: What an ONNX file calls integer weights.
 WEIGHTS = ("weight_quantized", "weight_quantized_int4")
 INNER = ("a1", "a2", "proj", "b1", "b2")

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from helpers.students import labelled_images, planned, teacher_of
+from helpers.students import planned
 from torch import nn
 
 from zsq.bits.choose import choose_bits
@@ -20,17 +20,6 @@ from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
 from zsq.teacher.teacher import Teacher
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return teacher_of()
-
-
-@pytest.fixture(scope="module")
-def images(teacher):
-    return labelled_images(teacher, 32)
-
 
 INNER = ("a1", "a2", "proj", "b1", "b2")
 

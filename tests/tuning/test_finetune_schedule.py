@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.students import labelled_images, teacher_of, values
+from helpers.students import values
 
 from zsq.config import load_recipe
 from zsq.runtime.checkpoints import Checkpoints
@@ -17,16 +17,6 @@ from zsq.tuning import finetune
 
 #: Two steps of warm-up and eight of the student.
 SMALL = ["tuning.steps=8", "tuning.range_steps=2", "tuning.batch=8", "tuning.lr=0.01"]
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return teacher_of()
-
-
-@pytest.fixture(scope="module")
-def images(teacher):
-    return labelled_images(teacher, 24)
 
 
 def tuned(teacher, images, *settings, name="gdfq", bits="w4a4", context=None):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.kills import Killed
 from helpers.networks import smooth_images
-from helpers.students import labelled_images, teacher_of
 
 from zsq.config import load_recipe
 from zsq.functional.alignment import alignment_loss
@@ -24,16 +23,6 @@ from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder, rounded_once
 
 SMALL = ["tuning.steps=4", "tuning.batch=8", "tuning.range_steps=2", "tuning.lr=1e-4"]
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return teacher_of()
-
-
-@pytest.fixture(scope="module")
-def images(teacher):
-    return labelled_images(teacher, 24)
 
 
 def ready(teacher, *settings, name="hast", bits="w3a3"):

@@ -16,7 +16,7 @@ from zsq.analysis.layers import Diagnosis
 from zsq.analysis.runs import diagnose
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
-from zsq.evaluation.folder import load_images, open_folder
+from zsq.evaluation.folder import load_images, open_for
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import read_metrics
 from zsq.runtime.progress import Reporter
@@ -92,11 +92,7 @@ def _real(teacher: Teacher, folder: str | Path | None, count: int) -> ImageSet |
     """Read as many real images as there are synthetic ones: distances shrink as a set grows."""
     if folder is None:
         return None
-    info = teacher.info
-    opened = open_folder(
-        folder, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
-        interpolation=info.interpolation,
-    )  # fmt: skip
+    opened = open_for(teacher.info, folder)
     pixels, labels = load_images(opened, min(count, len(opened)), 0)
     return ImageSet(pixels, labels, {"method": "real"})
 

@@ -8,7 +8,6 @@ square of the outputs for a loss, no statistics, no quantizers, no optimiser.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ class Job:
 
     def network(self, policy: Policy) -> GraphModule:
         """Return a copy of the teacher's network, frozen, where and as the policy computes."""
-        return policy.place(copy.deepcopy(self.teacher.network)).requires_grad_(False)
+        return policy.placed_copy(self.teacher.network).requires_grad_(False)
 
 
 @dataclass(frozen=True)

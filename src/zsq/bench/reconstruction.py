@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -86,7 +85,7 @@ def _passes(
     block: GraphModule, inputs: Tensor, target: Tensor, policy: Policy, compile: bool, job: Job
 ) -> Step:
     """Return the passes of a float block whose weights learn."""
-    block = policy.place(copy.deepcopy(block)).requires_grad_(True)
+    block = policy.placed_copy(block).requires_grad_(True)
     inputs, target = (channels_last(x.to(policy.device)) for x in (inputs, target))
     forward = Compiled(block, enabled=compile, note=job.note)
     free = list(block.parameters())

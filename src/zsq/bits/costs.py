@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zsq.errors import UsageError
+from zsq.export.operators import stored_bits
 
 CostKind = Literal["average", "size", "bops", "latency"]
 
@@ -93,14 +94,14 @@ class Budget:
 def stored_bytes(weights: int, bits: int, *, depthwise: bool = False) -> int:
     """Return the bytes that weights of a bit-width take in an ONNX file: INT4 up to 4 bits, INT8 above.
 
-    Those of depthwise layers are INT8 at every width (`zsq.export.onnx.write_integer`).
+    Those of depthwise layers are INT8 at every width (`zsq.export.operators.stored_bits`).
     ``student.safetensors`` packs weights to their own width and may be smaller.
 
     Example:
         >>> [stored_bytes(1000, bits) for bits in (2, 4, 5, 8)]
         [500, 500, 1000, 1000]
     """
-    return -(-weights // 2) if bits <= 4 and not depthwise else weights
+    return -(-weights * stored_bits(bits, depthwise=depthwise) // 8)
 
 
 def cost_of(facts: LayerFacts, bits: int, kind: CostKind) -> float:

@@ -16,7 +16,7 @@ from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of, stored_bytes
 from zsq.bits.layers import fixed_bits
 from zsq.bits.pareto import Choice, Frontier, monotone, pareto_frontier
 from zsq.config import Recipe
-from zsq.errors import UsageError
+from zsq.errors import UsageError, yaml_problem
 from zsq.quantizers.protocol import place
 from zsq.runtime.files import atomic_write
 from zsq.settings import Bits, Override, Part
@@ -163,7 +163,7 @@ class BitsPlan(Part):
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
             reason = (
-                error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                error.errors()[0]["msg"] if isinstance(error, ValidationError) else yaml_problem(error)
             )  # fmt: skip
             raise UsageError(
                 f"{path} is not a readable bits file ({reason[:150]}); give widths like w4a4, or the "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -41,7 +40,7 @@ def measure_sensitivity(
     Returns:
         {path: {bits: divergence in nats}}.
     """
-    network = context.policy.place(copy.deepcopy(network))
+    network = context.policy.placed_copy(network)
     images = images.to(context.policy.device)
     wanted = _logits(network, images)
     found: dict[str, dict[int, float]] = {}

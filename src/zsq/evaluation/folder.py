@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.evaluation.preprocessing import Preprocessing
+from zsq.teacher.teacher import ModelInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -57,6 +58,19 @@ class ImageFolder:
             UsageError: a file is corrupt or of the wrong size; names it.
         """
         return _read(self, range(len(self.files)), batch_size)
+
+
+def open_for(info: ModelInfo, root: Path | str) -> ImageFolder:
+    """List images to be read as a network wants them.
+
+    Args:
+        info: input shape, normalisation, resize and its filter.
+        root: as for `open_folder`, whose errors it raises.
+    """
+    return open_folder(
+        root, input_shape=info.input_shape, mean=info.mean, std=info.std, resize=info.resize,
+        interpolation=info.interpolation,
+    )  # fmt: skip
 
 
 def open_folder(

@@ -22,7 +22,7 @@ from zsq.export.operators import (
     DeployedLayer,
     DeployedQuantizer,
     global_average_pool,
-    stored_without_zero_point,
+    stored_bits,
     translations,
 )
 from zsq.export.rewrites import (
@@ -64,7 +64,7 @@ def write_integer(student: Student, path: Path | str) -> None:
     _check_quantizers(network, program.model)
     narrow = {
         f"{path}.weight_quantized" for path, layer in student.layers().items()
-        if layer.bits <= 4 and not stored_without_zero_point(layer)
+        if stored_bits(layer.bits, depthwise=layer.is_depthwise) == 4
     }  # fmt: skip
     name_nodes(program.model.graph)
     _store_as_int4(program.model, narrow)

@@ -196,6 +196,11 @@ def weight_offset(layer: QuantizedLayer) -> Tensor:
     )
 
 
+def stored_bits(bits: int, *, depthwise: bool) -> int:
+    """Return how wide an ONNX file stores a weight: INT4 up to 4 bits, INT8 above and if depthwise."""
+    return 4 if bits <= 4 and not depthwise else 8
+
+
 def stored_without_zero_point(layer: QuantizedLayer) -> bool:
     """Whether a layer's weights are stored as int8 with zero points of 0; 8 bits are too wide for it."""
     return layer.is_depthwise and layer.bits < 8

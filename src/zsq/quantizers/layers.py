@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.quantizers.weight import FrozenWeight
-from zsq.teacher.layers import Layer, resolve_operator
+from zsq.teacher.layers import Layer, is_depthwise, resolve_operator
 
 
 class QuantizedLayer(nn.Module):
@@ -58,8 +58,7 @@ class QuantizedLayer(nn.Module):
     @property
     def is_depthwise(self) -> bool:
         """Whether every output channel is a convolution of one input channel of its own."""
-        groups = int(self.arguments[3]) if len(self.arguments) > 3 else 1
-        return groups > 1 and tuple(self.weight.codes().shape[:2]) == (groups, 1)  # type: ignore[operator]
+        return is_depthwise(self.weight.codes().shape, self.arguments)  # type: ignore[operator]
 
     def freeze(self) -> None:
         """Replace what is being tuned by the integers it settled on; harmless when done already."""

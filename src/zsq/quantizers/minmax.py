@@ -174,7 +174,7 @@ class TrackedActivation(ActivationQuantizer):
 
     Attributes:
         tracking: True while batches move the range; otherwise a forward pass changes nothing.
-        rounding: `to_grid`, or the same compiled while a loop runs (`zsq.tuning.compiling`).
+        rounding: `to_grid`, or the same compiled while a loop runs (`zsq.tuning.fusing`).
         widen: turns a batch's smallest and largest value, (2,), into those of all processes that share
             it; only while tracking.
     """

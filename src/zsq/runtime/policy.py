@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class Policy:
     def place(self, module: _Module) -> _Module:
         """Move a module to the device, channels last."""
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def placed_copy(self, module: _Module) -> _Module:
+        """Return a copy of a module on the device, channels last; the module stays where it is."""
+        return self.place(copy.deepcopy(module))
 
 
 def make_policy(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -94,7 +93,7 @@ class FixedImages:
         self, teacher: Teacher, images: ImageSet, settings: Finetuning, context: Context
     ) -> None:
         device = context.policy.device
-        network = context.policy.place(copy.deepcopy(teacher.network))
+        network = context.policy.placed_copy(teacher.network)
         self.warmup = settings.range_steps
         self.size = min(settings.batch, len(images))
         self.group = context.group

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +86,7 @@ class ImageSet:
 @torch.no_grad()
 def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
     """Return the teacher's classes for ``images``, (N,) int64 on the CPU."""
-    network = context.policy.place(copy.deepcopy(teacher.network))
+    network = context.policy.placed_copy(teacher.network)
     return torch.cat(
         [
             network(part.to(context.policy.device)).argmax(1).cpu()

@@ -42,10 +42,10 @@ _BATCH_NORMS = frozenset(
     {"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}
 )
 #: Of these the sixth argument says whether the batch's own statistics count.
-_TRAINABLE_NORMS = frozenset(
-    {"aten.batch_norm.default", "aten._native_batch_norm_legit.default"}
-    | {"aten._native_batch_norm_legit_functional.default"}
-)
+_TRAINABLE_NORMS = frozenset({
+    "aten.batch_norm.default", "aten._native_batch_norm_legit.default",
+    "aten._native_batch_norm_legit_functional.default",
+})  # fmt: skip
 #: Names that fx, or a part of zsq that adds modules of its own, needs at the top of a network.
 _RESERVED = frozenset({"graph", "code", "training", "constants", "quantizers", "shifts"})
 
@@ -177,9 +177,8 @@ class NetworkBuilder:
     def _has_statistics(self, node: Node, name: str) -> bool:
         mean, variance = node.args[3], node.args[4]
         stored = mean in self.constants and variance in self.constants
-        if (
-            stored and name in _TRAINABLE_NORMS and node.args[5]
-        ):  # answers would depend on the batch
+        training = name in _TRAINABLE_NORMS and bool(node.args[5])
+        if stored and training:  # answers would depend on the batch
             raise UsageError(
                 f"batch norm {self._path(node) or str(mean)!r} does not use its running statistics: the "
                 "network was exported in training mode; call model.eval() before torch.export."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,22 @@ def check_float32(path: str, weight: Tensor) -> None:
         )
 
 
+def group_count(arguments: Sequence[Any]) -> int:
+    """Return a convolution's number of groups from what follows the bias in its operator; else 1."""
+    return int(arguments[3]) if len(arguments) > 3 else 1
+
+
+def is_depthwise(shape: Sequence[int], arguments: Sequence[Any]) -> bool:
+    """Return whether every output channel of a layer is a convolution of one input channel of its own.
+
+    Args:
+        shape: of its weight, (C_out, C_in / groups, ...).
+        arguments: what follows the bias in its operator.
+    """
+    groups = group_count(arguments)
+    return groups > 1 and tuple(shape[:2]) == (groups, 1)
+
+
 class Layer(nn.Module):
     """A convolution or linear layer: one ATen operator with its weight, bias and settings.
 
@@ -161,12 +177,12 @@ class Layer(nn.Module):
     @property
     def groups(self) -> int:
         """Number of groups of the convolution; 1 for a linear layer."""
-        return int(self.arguments[3]) if len(self.arguments) > 3 else 1
+        return group_count(self.arguments)
 
     @property
     def is_depthwise(self) -> bool:
         """Whether every output channel is a convolution of one input channel of its own."""
-        return self.groups > 1 and tuple(self.weight.shape[:2]) == (self.groups, 1)
+        return is_depthwise(self.weight.shape, self.arguments)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

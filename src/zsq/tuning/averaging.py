@@ -55,8 +55,8 @@ class RunningAverage:
     @torch.no_grad()
     def settle(self) -> None:
         """Give the parameters the average's values."""
-        for parameter, value in zip(self.parameters, self.values, strict=bool(self.values)):
-            parameter.copy_(value)
+        if self.values:
+            torch._foreach_copy_(self.parameters, self.values)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average by the index of its parameter; empty before the first step."""
@@ -64,6 +64,5 @@ class RunningAverage:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-        self.values = [
-            state[str(i)].to(parameter.device) for i, parameter in enumerate(self.parameters)
-        ] if state else []  # fmt: skip
+        found = enumerate(self.parameters) if state else ()
+        self.values = [state[str(i)].to(parameter.device) for i, parameter in found]

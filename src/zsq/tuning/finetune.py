@@ -156,7 +156,8 @@ class FineTuner:
             self._warm_up(batch, step)
             terms: dict[str, Tensor] = {}
         else:
-            terms = self._learn(batch, step - self.source.warmup, factor, measure=recorded)
+            measure = recorded and self.context.metrics is not None
+            terms = self._learn(batch, step - self.source.warmup, factor, measure=measure)
             self.average.update(step - self.source.warmup)
             self._snapshot(step - self.source.warmup)
         if recorded:
@@ -201,7 +202,7 @@ class FineTuner:
         else:
             cap = rule.first_cap if step < rule.first_steps else rule.cap
             target = rule.target * factor
-            self.weight_rule.step(rate, target=target, cap=cap, measure=measure)
+            self.weight_rule.step(rate, target=target, cap=cap, measure=False)
         if measure:
             self.changed = self.watch.changed_since(before)
         return {name: term.detach() for name, term in terms.items()}

@@ -138,7 +138,7 @@ class InundatedSGD:
         if target > 0:
             found = multiplier_for_share(crossings, target, cap)
         if not measure:
-            return found, found
+            return found, torch.zeros_like(found)
         return found, (crossings <= found.unsqueeze(1)).float().mean(1)
 
     def _moving(
