@@ -243,6 +243,13 @@ def test_a_compiled_rule_takes_the_same_step():
         assert torch.allclose(found[name].master, again[name].master, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("guarantee", [True, False])
+@pytest.mark.parametrize("cap", [1.0, 1.5, 3.0, 100.0])
+def test_the_published_search_keeps_between_one_and_its_cap(cap, guarantee):
+    found = search_multiplier(lambda a: 0.0, 0.5, cap, guarantee=guarantee)
+    assert 1 <= found <= cap
+
+
 def test_the_grid_of_a_group_is_each_layers_own():
     found = weights()
     scale, _ = minmax_grid(torch.cat([found["layer0"].master, found["layer1"].master]), 4)

@@ -217,11 +217,10 @@ def search_multiplier(
     """
     if share(1.0) >= target:
         return 1.0
-    high = 2.0
-    high = min(high, cap)
+    high = min(2.0, cap)
     while share(high) < target and high < cap:
         high = min(2 * high, cap)
-    low = middle = high / 2
+    low = middle = max(high / 2, 1.0)  # no step is shrunk
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         reached = share(middle)
