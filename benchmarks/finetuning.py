@@ -10,6 +10,7 @@ images, side by side: equal images, one generator's cost. Results are appended a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from zsq.synthesis.batches import Batch
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.teacher.teacher import Teacher, load_teacher
 from zsq.tuning.finetune import FineTuner
+from zsq.tuning.fusing import fused_rounding
 
 SHARED = Path(os.environ.get("ZSQ_SHARED", Path(__file__).parents[2] / "shared"))
 RESULTS = Path(__file__).parent / "results" / "finetuning.jsonl"
@@ -71,22 +73,31 @@ def ablation(
     variants: list[str],
 ) -> dict[tuple[str, str], FineTuner]:  # fmt: skip
     """Train every variant of a host at every bit-width on one generator's images."""
-    compiled = Context(seed, make_policy(), make_reporter())
-    eager = Context(seed, make_policy(compile=False))
-    with seeded(seed, "finetune"):
+    context = Context(seed, make_policy(), make_reporter())
+    with seeded(seed, "finetune"), contextlib.ExitStack() as during:
         base = load_recipe(host, schedule=schedule, settings=settings)
         total = base.synthesis.steps + base.tuning.steps
-        generator = GeneratorLearner(teacher, base.synthesis, compiled, total)
+        generator = GeneratorLearner(teacher, base.synthesis, context, total)
         students = {}
         for width in bits:
             for name in variants:
                 changes = [*VARIANTS[name], *settings]
                 recipe = load_recipe(host, bits=width, schedule=schedule, settings=changes)
                 student = attach(teacher, recipe)
-                tuner = FineTuner(teacher, student, Stream(generator.warmup), recipe.tuning, eager)
+                tuner = FineTuner(
+                    teacher, student, Stream(generator.warmup), recipe.tuning, context
+                )
+                during.enter_context(
+                    fused_rounding(
+                        tuner.ranges.values(),
+                        context.policy,
+                        recipe.tuning.steps,
+                        context.reporter.note,
+                    )
+                )
                 students[width, name] = tuner
         first = generator.warmup - base.tuning.range_steps
-        with compiled.reporter.task(f"{host}, seed {seed}", total) as task:
+        with context.reporter.task(f"{host}, seed {seed}", total) as task:
             for step in range(total):
                 factor = milestone_factor(step / total, base.tuning.milestones, base.tuning.decay)
                 batch = generator.next(factor)
@@ -94,6 +105,8 @@ def ablation(
                     tuner.source.batch = batch
                     tuner.step(step)
                 task.advance(1, loss=batch.terms["generator_bns"])
+        for tuner in students.values():
+            tuner.average.settle()
     return students
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled losses of pieces: the numbers of the eager loss, one compilation for equal blocks."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.students import image_set, recipe, teacher_of, values
@@ -49,7 +51,7 @@ def teacher():
     return teacher_of(Blocks)
 
 
-def tuners(teacher, *settings, compiler=None, context=None):
+def tuners(teacher, *settings, compiler=None, context=None, weigh=False):
     """Return a tuner for every block, each with the float network's inputs plus noise."""
     chosen = recipe(*settings)
     student, network = attach(teacher, chosen), prepared_network(teacher, chosen)
@@ -59,6 +61,9 @@ def tuners(teacher, *settings, compiler=None, context=None):
         torch.manual_seed(0)
         inputs = seen[piece.source]
         problem = Problem(inputs, inputs + 0.1 * torch.randn(inputs.shape), seen[piece.output])
+        if weigh:
+            counts = torch.linspace(0.5, 1.5, seen[piece.output].shape[1])
+            problem = dataclasses.replace(problem, importance=counts)
         made = PieceTuner(piece, problem, chosen.tuning, context or Context(), compiler=compiler)
         made.calibrate()
         found[piece.name] = made
@@ -96,9 +101,11 @@ def test_bits_are_part_of_the_structure(teacher):
     assert structure(names_of(usual, "two")[0].piece.student) != structure(other.student)
 
 
+@pytest.mark.parametrize("weigh", [False, True])
 @pytest.mark.parametrize("settings", [(), ("tuning.loss_power=2.4", "tuning.drop=0")])
-def test_a_shared_loss_trains_every_block_as_its_own_loss_does(teacher, eager, settings):
-    shared, own = tuners(teacher, *settings, compiler=eager), tuners(teacher, *settings)
+def test_a_shared_loss_trains_every_block_as_its_own_loss_does(teacher, eager, settings, weigh):
+    shared = tuners(teacher, *settings, compiler=eager, weigh=weigh)
+    own = tuners(teacher, *settings, weigh=weigh)
     for name, tuner in shared.items():
         for made in (tuner, own[name]):
             torch.manual_seed(3)
@@ -145,14 +152,14 @@ def test_what_is_compiled_gives_the_eager_numbers(teacher, monkeypatch):
     monkeypatch.setattr(compiling, "REPAID", 0)
     notes = []
     compiler = PieceCompiler(Policy(compile=True), notes.append)
-    (made,) = names_of(tuners(teacher, compiler=compiler), "one")
+    (made,) = names_of(tuners(teacher, compiler=compiler, weigh=True), "one")
     made.step(0)
     loss, batch = made.compiled, made.next_indices()
     inputs, target = made.problem.from_student[batch], made.problem.target[batch]
     beta, weight = torch.tensor(7.0), torch.tensor(0.3)
     for w in made.weights:
         w.rounding.grad = None
-    total, error = loss(inputs, target, beta, weight)
+    total, error = loss(inputs, target, beta, weight, made.problem.importance)
     total.backward()
     gradients = [w.rounding.grad.clone() for w in made.weights]
     for w in made.weights:

@@ -44,20 +44,26 @@ def kl_divergence(
     return total * (temperature**2 / count)
 
 
-def reconstruction_error(outputs: Tensor, target: Tensor, power: float) -> Tensor:
-    """Sum ``|outputs - target|**power`` over channels, average over everything else.
+def reconstruction_error(
+    outputs: Tensor, target: Tensor, power: float, importance: Tensor | None = None
+) -> Tensor:
+    """Sum ``importance * |outputs - target|**power`` over channels, average over everything else.
 
     Args:
         outputs: (N, C, ...) float32.
         target: likewise.
         power: positive.
+        importance: what an error of each channel counts, (C,); None: all the same.
 
     Example:
         >>> import torch
         >>> float(reconstruction_error(torch.ones(4, 3, 2, 2), torch.zeros(4, 3, 2, 2), 2.0))
         3.0
     """
-    if power == 2:
+    if importance is not None:
+        weight = importance.reshape(-1, *[1] * (target.ndim - 2))
+        total = ((outputs - target).abs().pow(power) * weight).sum()
+    elif power == 2:
         total = functional.mse_loss(outputs, target, reduction="sum")
     else:
         total = (outputs - target).abs().pow(power).sum()

@@ -55,6 +55,9 @@ class Reconstruction(Calibration):
     """Steps per unit of that pass; 0 calibrates the activation steps and leaves them."""
     loss_power: float = Field(default=2.0, gt=0)
     """Exponent of the reconstruction error."""
+    importance: Literal["uniform", "fisher"] = "uniform"
+    """What an error counts in each output channel of a unit: the same everywhere, as public code runs it,
+    or the Fisher information of the teacher's predictions there (BRECQ, arXiv 2102.05426, section 3.2)."""
     learn_weight_scale: bool = True
     learn_activation_scale: bool = True
     scale_lr: float = Field(default=5e-3, gt=0)

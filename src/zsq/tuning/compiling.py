@@ -30,8 +30,8 @@ from zsq.tuning.pieces import Piece
 #: Elements that the steps of a piece put out in all, from which compiling it is repaid.
 REPAID = 2_000_000_000
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""inputs, target, beta and the regulariser's weight -> total loss and reconstruction error."""
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""inputs, target, beta, the regulariser's weight, channels' importance -> total loss, reconstruction error."""
 
 
 @dataclass
@@ -81,12 +81,14 @@ class PieceCompiler:
         template = self.templates[key]
         names = template.names_in(piece.student)
 
-        def loss(inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor) -> Any:
+        def loss(
+            inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor, importance: Tensor | None
+        ) -> Any:
             for path, tensor in dropping.items():
                 _quantizer(piece.student, path).draw_mask(tensor)
             tensors = dict(piece.student.named_parameters()) | dict(piece.student.named_buffers())
             state = {ours: tensors[theirs] for ours, theirs in names.items()}
-            return template.compiled(state, inputs, target, beta, weight)
+            return template.compiled(state, inputs, target, beta, weight, importance)
 
         return loss
 
@@ -103,11 +105,12 @@ class _Template:
         self.compiled = Compiled(self._loss, enabled=True, note=note)
 
     def _loss(
-        self, state: dict[str, Tensor], inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, state: dict[str, Tensor], inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor,
+        importance: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         with self.policy.autocast():
             outputs = functional_call(self.student, state, (inputs,))
-        error = reconstruction_error(outputs.float(), target, self.power)
+        error = reconstruction_error(outputs.float(), target, self.power, importance)
         terms = [rounding_regularizer(w.used_bits, beta) for w in self.weights]
         return (error + weight * torch.stack(terms).sum() if terms else error), error
 

@@ -29,6 +29,7 @@ from zsq.synthesis.images import ImageSet
 from zsq.teacher.pieces import cut_piece, nodes_up_to
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.compiling import PieceCompiler
+from zsq.tuning.importance import channel_importance
 from zsq.tuning.pieces import Piece, block_pieces, layer_modules, layer_pieces, quantizer_modules
 from zsq.tuning.tuner import PASS, PieceTuner, Problem
 
@@ -58,7 +59,9 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
     policy.place(student.network)
     settings = student.recipe.tuning
     assert isinstance(settings, Reconstruction)
-    tools = _Tools(context, PieceCompiler(policy, context.reporter.note), _shelf(context))
+    compiler = PieceCompiler(policy, context.reporter.note)
+    importance = _importance(network, student, images.images, context)
+    tools = _Tools(context, compiler, _shelf(context), importance)
     for each in _passes(settings):
         if each.settings.unit == "layer":
             _layers_one_by_one(network, student, images.images, each, tools)
@@ -79,11 +82,12 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Tools:
-    """What all pieces of a run share."""
+    """What all pieces of a run share; channels' importance is by the node that holds them."""
 
     context: Context
     compiler: PieceCompiler
     shelf: Shelf
+    importance: dict[str, Tensor]
 
 
 def _shelf(context: Context) -> Shelf:
@@ -91,6 +95,22 @@ def _shelf(context: Context) -> Shelf:
     return Shelf(
         host_budget(policy), context.checkpoints.folder, pinned=policy.device.type == "cuda"
     )
+
+
+def _importance(
+    network: GraphModule, student: Student, images: Tensor, context: Context
+) -> dict[str, Tensor]:
+    """Return what channels count, by the pieces' output nodes; nothing where all count the same.
+
+    The logits do: there the error is already that of the predictions.
+    """
+    settings = student.recipe.tuning
+    assert isinstance(settings, Reconstruction)
+    if settings.importance == "uniform" or not settings.steps:
+        return {}
+    cut = block_pieces if settings.unit == "block" else layer_pieces
+    names = [piece.output for piece in cut(network, student)][:-1]
+    return channel_importance(network, names, images[: settings.calibration_images], context)
 
 
 def _passes(settings: Reconstruction) -> list[_Pass]:
@@ -113,9 +133,11 @@ def _blocks_in_a_row(
     from_teacher = from_student = images
     for index, piece in enumerate(pieces):
         target = run(piece.teacher, from_teacher, context, shelf)
+        counts = tools.importance.get(piece.output)
         _tune_or_restore(
-            index, len(pieces), piece, Problem(from_teacher, from_student, target), sweep, tools
-        )
+            index, len(pieces), piece, Problem(from_teacher, from_student, target, counts), sweep,
+            tools,
+        )  # fmt: skip
         from_teacher = (
             target  # nothing holds the old one, so that three tensors are alive, not four
         )
@@ -136,7 +158,7 @@ def _layers_one_by_one(
             ]
             inputs = [run(part, images, context, tools.shelf) for part in parts]
         target = run(piece.teacher, inputs[0], context, tools.shelf)
-        problem = Problem(inputs[0], inputs[1], target)
+        problem = Problem(inputs[0], inputs[1], target, tools.importance.get(piece.output))
         _tune_or_restore(index, len(pieces), piece, problem, sweep, tools)
 
 

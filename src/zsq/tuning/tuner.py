@@ -31,11 +31,18 @@ BITS_BELOW_BF16 = 6
 
 @dataclass(frozen=True)
 class Problem:
-    """Data of one reconstruction: the piece's input from both networks and the teacher's output."""
+    """Data of one reconstruction: the piece's input from both networks and the teacher's output.
+
+    Attributes:
+        from_teacher, from_student: (N, ...) inputs.
+        target: (N, C, ...).
+        importance: what an error of each channel counts, (C,); None: all the same.
+    """
 
     from_teacher: Tensor
     from_student: Tensor
     target: Tensor
+    importance: Tensor | None = None
 
 
 class PieceTuner:
@@ -132,7 +139,9 @@ class PieceTuner:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
         with self.policy.autocast():
             outputs = self.piece.student(inputs)
-        return reconstruction_error(outputs.float(), target, self.settings.loss_power)
+        return reconstruction_error(
+            outputs.float(), target, self.settings.loss_power, self.problem.importance
+        )
 
     def pull(self, step: int) -> tuple[float, float]:
         """Return the regulariser's exponent and weight; it has none during the warm-up."""
@@ -163,7 +172,7 @@ class PieceTuner:
                 policy=self.policy,
             )  # fmt: skip
         beta, weight = torch.tensor(self.pull(step), device=inputs.device)
-        return self.compiled(inputs, target, beta, weight)
+        return self.compiled(inputs, target, beta, weight, self.problem.importance)
 
     def step(self, step: int) -> Tensor:
         """Make one step; return the reconstruction error of its batch, detached."""
@@ -208,12 +217,14 @@ def piece_policy(piece: Piece, policy: Policy) -> Policy:
 
 def _placed(problem: Problem, device: torch.device) -> Problem:
     """Put a problem where its batches are drawn: on the device where it fits, else where it lies."""
-    tensors = (problem.from_teacher, problem.from_student, problem.target)
+    tensors = [problem.from_teacher, problem.from_student, problem.target]
+    fits = True
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if sum(t.nbytes for t in tensors) > FREE_SHARE * free:
-            return Problem(*map(_channels_last, tensors))
-    return Problem(*(_channels_last(t.to(device)) for t in tensors))
+        fits = sum(t.nbytes for t in tensors) <= FREE_SHARE * free
+    ours, theirs, target = (_channels_last(t.to(device) if fits else t) for t in tensors)
+    importance = None if problem.importance is None else problem.importance.to(device)
+    return Problem(ours, theirs, target, importance)
 
 
 def _channels_last(x: Tensor) -> Tensor:
