@@ -121,6 +121,17 @@ def test_a_report_can_be_left_out(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    def worked(*_, **__):
+        raise AssertionError("the diagnosis began")
+
+    monkeypatch.setattr("zsq.artifact.report.collect_facts", worked)
+    with pytest.raises(UsageError, match="no folder"):
+        write_report([tmp_path], tmp_path / "missing" / "report.html")
+    with pytest.raises(UsageError, match="it is a folder"):
+        write_report([tmp_path], tmp_path)
+
+
 def test_folders_without_a_finished_run_are_refused(tmp_path):
     with pytest.raises(UsageError, match="not a readable zsq run"):
         write_report([tmp_path])

@@ -5,9 +5,11 @@ import pytest
 import torch
 from helpers.networks import Concat, Inverted, Residual, smooth_images
 from helpers.students import Values, teacher_of
+from torch import nn
 
 from zsq.teacher.equalize import equalized, find_streams
 from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.teacher import load_teacher
 
 
 @pytest.mark.parametrize("make", [Residual, Inverted, Concat])
@@ -56,3 +58,12 @@ def test_the_teacher_is_not_changed():
     before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
     equalized(teacher, x, 1.0)
     assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+
+
+def test_a_network_without_parameters_stays_as_it_is():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return torch.relu(x).mean((2, 3))
+
+    teacher, x = load_teacher(Pooled(), input_shape=(3, 8, 8)), smooth_images(4)
+    torch.testing.assert_close(equalized(teacher, x, 0.5)(x), teacher(x))

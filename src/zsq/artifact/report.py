@@ -11,7 +11,7 @@ from pathlib import Path
 from zsq.analysis.layers import Diagnosis
 from zsq.artifact.facts import RunFacts, collect_facts, comparison, settings_of
 from zsq.errors import UsageError
-from zsq.runtime.files import atomic_write
+from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
 
 
@@ -34,10 +34,12 @@ def write_report(
         The HTML file.
 
     Raises:
-        UsageError: no run, or one that is not finished.
+        UsageError: no run, one that is not finished, or a file that cannot be written.
     """
     if not runs:
         raise UsageError("no run was given; name the folder of at least one finished run.")
+    if out is not None:
+        check_destination(Path(out))  # a diagnosis takes a minute
     facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
     path = Path(out) if out is not None else Path(runs[0]) / "report.html"
     for target, text in ((path, html_page(facts)), (path.with_suffix(".md"), markdown(facts))):

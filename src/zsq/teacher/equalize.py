@@ -140,9 +140,9 @@ def equalized(teacher: Teacher, images: Tensor, strength: float) -> Teacher:
     """
     # one memory format: another one gives ranges, and so weights, that differ in the last bit
     network = fold_batch_norms(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if strength > 0:
-        device = next(iter(network.parameters())).device
-        equalize(network, images.to(device).contiguous(), strength)
+    parameter = next(network.parameters(), None)
+    if strength > 0 and parameter is not None:
+        equalize(network, images.to(parameter.device).contiguous(), strength)
     return Teacher(network, teacher.info)
 
 
