@@ -25,6 +25,7 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import make_reporter
 from zsq.runtime.seeds import seeded
+from zsq.stages import prepared_teacher
 from zsq.student import attach
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.learner import GeneratorLearner
@@ -83,9 +84,10 @@ def ablation(
             for name in variants:
                 changes = [*VARIANTS[name], *settings]
                 recipe = load_recipe(host, bits=width, schedule=schedule, settings=changes)
-                student = attach(teacher, recipe)
+                prepared = prepared_teacher(teacher, recipe, None)
+                student = attach(prepared, recipe)
                 tuner = FineTuner(
-                    teacher, student, Stream(generator.warmup), recipe.tuning, context
+                    prepared, student, Stream(generator.warmup), recipe.tuning, context
                 )
                 during.enter_context(
                     fused_rounding(

@@ -59,7 +59,7 @@ class Recipe(Part):
     fold_batch_norm: bool = True
     """Fold batch norms before tuning; ``integer`` always does."""
     equalize: float = Field(default=0.5, ge=0, le=1)
-    """Cross-layer equalization (arXiv 1906.04721) of folded networks: 0 off, 1 full."""
+    """Cross-layer equalization (arXiv 1906.04721) before quantizers are put in: 0 off, 1 full."""
     synthesis: Synthesis = GenieSynthesis()
     tuning: Tuning = Reconstruction()
     quick: dict[str, Any] = Field(default_factory=dict)

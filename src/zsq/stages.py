@@ -147,6 +147,8 @@ def produce(
 ) -> tuple[Student, ImageSet]:
     """Return the tuned student and the images it was tuned on."""
     if learns_together(recipe, images):
+        teacher = prepared_teacher(teacher, recipe, None)
+        context.group.align(teacher.network)
         return tune_with_generator(teacher, attach(teacher, recipe), context=context)
     chosen = choose_images(teacher, recipe, images, context)
     return tuned(teacher, recipe, chosen, context), chosen
@@ -154,10 +156,12 @@ def produce(
 
 def learns_together(recipe: Recipe, images: Images) -> bool:
     """Whether the images of a run come from a generator that learns with the student."""
-    return (
-        images is None
-        and isinstance(recipe.synthesis, GeneratorSynthesis)
-        and isinstance(recipe.tuning, Finetuning)
+    return images is None and _has_a_learning_generator(recipe)
+
+
+def _has_a_learning_generator(recipe: Recipe) -> bool:
+    return isinstance(recipe.synthesis, GeneratorSynthesis) and isinstance(
+        recipe.tuning, Finetuning
     )
 
 
@@ -168,12 +172,23 @@ def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) 
     return tune(teacher, attach(teacher, recipe), images, context=context)
 
 
-def prepared_teacher(teacher: Teacher, recipe: Recipe, images: ImageSet) -> Teacher:
-    """Return the teacher folded and equalized, where the recipe folds."""
-    if recipe.fold_batch_norm or recipe.protocol == "integer":
+def prepared_teacher(teacher: Teacher, recipe: Recipe, images: ImageSet | None) -> Teacher:
+    """Return the teacher as the recipe wants it before quantizers: folded, equalized, both or neither.
+
+    Args:
+        teacher: stays as it is.
+        recipe: one whose generator learns with the student, before there are images, equalizes by the
+            batch norms alone, and keeps them, as the generator learns from them; `attach` folds.
+        images: give the channels' sizes for the others.
+    """
+    fold = recipe.fold_batch_norm or recipe.protocol == "integer"
+    if _has_a_learning_generator(recipe) or images is None:
+        fold, sample = False, None
+    else:
         sample = images.images[: recipe.tuning.calibration_images]
-        return equalized(teacher, sample, recipe.equalize)
-    return teacher
+    if not fold and recipe.equalize == 0:
+        return teacher
+    return equalized(teacher, sample, recipe.equalize, fold=fold)
 
 
 def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:

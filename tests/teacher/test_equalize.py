@@ -9,6 +9,7 @@ from torch import nn
 
 from zsq.teacher.equalize import equalized, find_streams
 from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import load_teacher
 
 
@@ -67,3 +68,45 @@ def test_a_network_without_parameters_stays_as_it_is():
 
     teacher, x = load_teacher(Pooled(), input_shape=(3, 8, 8)), smooth_images(4)
     torch.testing.assert_close(equalized(teacher, x, 0.5)(x), teacher(x))
+
+
+class PreActivated(nn.Module):
+    """A stem, then a batch norm after an addition, which cannot be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1, self.conv1 = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv1(torch.relu(self.bn1(x)))
+        return self.head(self.conv2(torch.relu(self.bn2(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Residual, Inverted, Concat, PreActivated])
+@pytest.mark.parametrize("fold", [False, True])
+def test_batch_norms_that_stay_take_the_factors(make, fold):
+    teacher, x = teacher_of(make), smooth_images(32)
+    after = equalized(teacher, x, 1.0, fold=fold)
+    with torch.no_grad():
+        torch.testing.assert_close(after(x), teacher(x), atol=1e-5, rtol=1e-4)
+    norms = dict(teacher.network.named_modules())
+    for path, module in after.network.named_modules():
+        if isinstance(module, BatchNorm):
+            assert torch.equal(module.running_mean, norms[path].running_mean)
+            assert torch.equal(module.running_var, norms[path].running_var)
+
+
+@pytest.mark.parametrize("make", [Residual, PreActivated])
+def test_channels_behind_a_batch_norm_that_stays_become_equal(make):
+    teacher, x = teacher_of(make), smooth_images(64)
+    for module in teacher.network.modules():
+        if isinstance(module, BatchNorm):
+            module.weight.data *= torch.linspace(0.5, 2, len(module.weight))
+    before = sizes(teacher.network, x, "relu_default_1")
+    after = sizes(equalized(teacher, x, 1.0, fold=False).network, x, "relu_default_1")
+    assert before.max() > 2 * before.min()
+    torch.testing.assert_close(after, after.max().expand(len(after)), rtol=1e-2, atol=0)

@@ -2,7 +2,7 @@
 """Cross-layer equalization: the same function with channels of similar range.
 
 One step serves all channels of a tensor, so a channel of small range is left with few levels. Where
-everything between the layers that write a tensor and the layers that read it is positively
+everything between what writes a tensor (a layer, or a batch norm) and the layers that read it is positively
 homogeneous (ReLU, additions, pooling), a factor per channel can move from the one to the other
 without changing what the network computes (Nagel et al., arXiv 1906.04721, section 4.1; here for
 whole residual streams, with ranges of the activations).
@@ -10,6 +10,8 @@ whole residual streams, with ranges of the activations).
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from zsq.teacher.fold import calls, fold_batch_norms, module_of, tensor_inputs
-from zsq.teacher.layers import Layer, operator_name
+from zsq.teacher.layers import BatchNorm, Layer, operator_name
+from zsq.teacher.moments import channel_squares
 from zsq.teacher.teacher import Teacher
 
 #: Operators with ``f(s * x) = s * f(x)`` for every ``s > 0`` per channel.
@@ -36,7 +39,7 @@ class Stream:
     """Tensors that share their channels' factors.
 
     Attributes:
-        writers: nodes of the layers whose output channels carry them.
+        writers: nodes of the layers and batch norms whose output channels carry them.
         readers: nodes of the layers whose input channels undo them.
         tensors: the nodes whose ranges count.
         fixed: something else reads or writes the channels, so they stay as they are.
@@ -71,11 +74,16 @@ def find_streams(network: GraphModule) -> list[Stream]:
 
 def _take_part(network: GraphModule, node: Node, own: Stream, sources: list[Stream]) -> None:
     """Note what a node does to its own stream and to those it reads."""
-    if isinstance(module_of(network, node), Layer):
+    module = module_of(network, node)
+    if isinstance(module, (Layer, BatchNorm)):
         own.writers.append(node)
-        sources[0].readers.append(node)
-        if len(calls(network)[str(node.target)]) > 1:
-            own.fixed = sources[0].fixed = True
+        once = len(calls(network)[str(node.target)]) == 1
+        own.fixed |= not once
+        if isinstance(module, Layer):
+            sources[0].readers.append(node)
+            sources[0].fixed |= not once
+        else:
+            sources[0].fixed = True  # its statistics stay those of the training data
     elif operator_name(node.target) in HOMOGENEOUS:
         own.tensors.append(node)
         own.fixed |= _adds_a_constant(node)
@@ -93,9 +101,15 @@ def _consistent(network: GraphModule, stream: Stream) -> bool:
     """Whether every writer has, and every reader expects, the same number of channels."""
     if not stream.writers or not stream.readers or not stream.tensors:
         return False
-    written = {len(_layer(network, n).weight) for n in stream.writers}
+    written = {len(_writer(network, n).weight) for n in stream.writers}
     read = {_input_channels(_layer(network, n)) for n in stream.readers}
     return len(written | read) == 1
+
+
+def _writer(network: GraphModule, node: Node) -> Layer | BatchNorm:
+    module = module_of(network, node)
+    assert isinstance(module, (Layer, BatchNorm))
+    return module
 
 
 def _layer(network: GraphModule, node: Node) -> Layer:
@@ -124,13 +138,17 @@ class _Ranges(Interpreter):
         return result
 
 
-def equalized(teacher: Teacher, images: Tensor, strength: float) -> Teacher:
-    """Return a teacher that computes the same, batch norms folded and streams equalized.
+def equalized(
+    teacher: Teacher, images: Tensor | None, strength: float, *, fold: bool = True
+) -> Teacher:
+    """Return a teacher that computes the same, streams equalized and batch norms folded.
 
     Args:
         teacher: stays as it is.
-        images: (N, C, H, W), normalised; some 128 are plenty.
+        images: (N, C, H, W), normalised; some 128 are plenty. None: channels' sizes are taken from
+            the batch norms instead, and streams that they say nothing of stay as they are.
         strength: see `equalize`; 0 only folds.
+        fold: or leave the batch norms, whose gamma and beta then take the factors.
 
     Example:
         >>> from zsq.teacher.teacher import load_teacher
@@ -139,34 +157,47 @@ def equalized(teacher: Teacher, images: Tensor, strength: float) -> Teacher:
         True
     """
     # one memory format: another one gives ranges, and so weights, that differ in the last bit
-    network = fold_batch_norms(teacher.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = fold_batch_norms(teacher.network) if fold else copy.deepcopy(teacher.network)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameter = next(network.parameters(), None)
     if strength > 0 and parameter is not None:
-        equalize(network, images.to(parameter.device).contiguous(), strength)
+        if images is None:
+            squares = channel_squares(teacher.network)
+        else:
+            squares = measured_squares(network, images.to(parameter.device).contiguous())
+        equalize(network, squares, strength)
     return Teacher(network, teacher.info)
 
 
 @torch.no_grad()
-def equalize(network: GraphModule, images: Tensor, strength: float) -> None:
+def measured_squares(network: GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Return each channel's mean square on images, (C,) by node, for the tensors of streams."""
+    ranges = _Ranges(network, {n for stream in find_streams(network) for n in stream.tensors})
+    for part in torch.split(images, 64):
+        ranges.run(part)
+    return {node.name: square for node, square in ranges.squares.items()}
+
+
+@torch.no_grad()
+def equalize(network: GraphModule, squares: Mapping[str, Tensor], strength: float) -> None:
     """Rescale a network's streams in place so that their channels have similar ranges.
 
     Outputs stay the same up to float rounding.
 
     Args:
-        network: batch norms folded; streams that touch an unfolded one stay as they are.
-        images: (N, C, H, W), normalised, on the network's device.
+        network: with batch norms or without. What a batch norm reads stays as it is.
+        squares: mean square of each channel, (C,) by node; only ratios count. A stream of which a tensor
+            is missing stays as it is.
         strength: 1 makes ranges equal; 0.5 leaves half of the difference (in logarithms) to the
             weights that read the stream, as their own rounding suffers from it.
     """
-    streams = find_streams(network)
-    ranges = _Ranges(network, {n for stream in streams for n in stream.tensors})
-    for part in torch.split(images, 64):
-        ranges.run(part)
-    for stream in streams:
-        square = torch.stack([ranges.squares[n] for n in stream.tensors]).amax(0)
+    for stream in find_streams(network):
+        if any(n.name not in squares for n in stream.tensors):
+            continue
+        square = torch.stack([squares[n.name] for n in stream.tensors]).amax(0)
         factor = _factor(square.sqrt(), strength)
         for node in stream.writers:
-            _scale_outputs(_layer(network, node), factor)
+            _scale_outputs(_writer(network, node), factor)
         for node in stream.readers:
             _scale_inputs(_layer(network, node), 1 / factor)
 
@@ -177,7 +208,7 @@ def _factor(size: Tensor, strength: float) -> Tensor:
     return factor.clamp(1 / LIMIT, LIMIT)
 
 
-def _scale_outputs(layer: Layer, factor: Tensor) -> None:
+def _scale_outputs(layer: Layer | BatchNorm, factor: Tensor) -> None:
     layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.mul_(factor)
