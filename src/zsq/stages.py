@@ -117,9 +117,17 @@ def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context
 
 
 def tune_with_generator(
-    teacher: Teacher, student: Student, *, context: Context | None = None
-) -> tuple[Student, ImageSet]:
+    teacher: Teacher, student: Student, *, original: Teacher | None = None,
+    context: Context | None = None,
+) -> tuple[Student, ImageSet]:  # fmt: skip
     """Fine-tune a student on the images of a generator that learns with it.
+
+    Args:
+        teacher: what the student was attached to.
+        student: tuned in place.
+        original: what the generator learns from, where that is not the teacher itself: an equalized
+            one computes the same with another classifier, and Qimera's embeddings start from it.
+        context: device, seed, progress, checkpoints.
 
     Returns:
         The student, frozen on integers, and images of the generator as it ended.
@@ -133,7 +141,7 @@ def tune_with_generator(
     assert isinstance(settings, GeneratorSynthesis)
 
     def learning(steps: int) -> GeneratorLearner:
-        return GeneratorLearner(teacher, settings, context, settings.steps + steps)
+        return GeneratorLearner(original or teacher, settings, context, settings.steps + steps)
 
     context.group.align(student.network)
     student, source = finetune(teacher, student, learning, context)
@@ -147,9 +155,10 @@ def produce(
 ) -> tuple[Student, ImageSet]:
     """Return the tuned student and the images it was tuned on."""
     if learns_together(recipe, images):
-        teacher = prepared_teacher(teacher, recipe, None)
-        context.group.align(teacher.network)
-        return tune_with_generator(teacher, attach(teacher, recipe), context=context)
+        prepared = prepared_teacher(teacher, recipe, None)
+        context.group.align(prepared.network)
+        student = attach(prepared, recipe)
+        return tune_with_generator(prepared, student, original=teacher, context=context)
     chosen = choose_images(teacher, recipe, images, context)
     return tuned(teacher, recipe, chosen, context), chosen
 

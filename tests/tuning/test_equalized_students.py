@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.students import labelled_images, teacher_of
 
+from zsq import stages
 from zsq.config import load_recipe
 from zsq.runtime.context import Context
 from zsq.stages import prepared_teacher, produce
@@ -74,3 +75,17 @@ def test_without_equalization_and_folding_the_teacher_is_taken_as_it_is():
     teacher = teacher_of()
     assert prepared_teacher(teacher, recipe("hast"), labelled_images(teacher, 4)) is teacher
     assert prepared_teacher(teacher, recipe("gdfq"), None) is teacher
+
+
+def test_the_generator_learns_from_the_network_as_it_came(teacher, monkeypatch):
+    """Qimera's embeddings start from the classifier, whose columns equalization scales."""
+    given = []
+
+    class Watched(stages.GeneratorLearner):
+        def __init__(self, source, *args, **more):
+            given.append(source)
+            super().__init__(source, *args, **more)
+
+    monkeypatch.setattr(stages, "GeneratorLearner", Watched)
+    produce(teacher, recipe("gdfq", "equalize=1"), None, Context())
+    assert given == [teacher]
