@@ -20,16 +20,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from zsq.teacher.fold import calls, fold_batch_norms, module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
-from zsq.teacher.moments import channel_squares
+from zsq.teacher.moments import WITHIN_CHANNELS, channel_squares
 from zsq.teacher.teacher import Teacher
 
 #: Operators with ``f(s * x) = s * f(x)`` for every ``s > 0`` per channel.
-HOMOGENEOUS = frozenset({
-    "aten.relu.default", "aten.leaky_relu.default", "aten.add.Tensor", "aten.dropout.default",
-    "aten.max_pool2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
-    "aten.adaptive_max_pool2d.default", "aten.mean.dim", "aten.flatten.using_ints",
-    "aten.reshape.default", "aten.view.default",
-})  # fmt: skip
+HOMOGENEOUS = WITHIN_CHANNELS | {
+    "aten.relu.default", "aten.leaky_relu.default", "aten.add.Tensor",
+}  # fmt: skip
 #: Factors are kept in [1 / LIMIT, LIMIT].
 LIMIT = 16.0
 

@@ -18,8 +18,9 @@ from torch.fx import GraphModule, Node
 from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, operator_name
 
-#: Operators that leave a channel's moments as they are, or nearly so.
-_KEEPS = frozenset({
+#: Operators with ``f(s * x) = s * f(x)`` that mix no values, or only those of one channel. Its moments are
+#: taken over as they are, although pooling changes them: a stream counts its largest tensor.
+WITHIN_CHANNELS = frozenset({
     "aten.dropout.default", "aten.flatten.using_ints", "aten.reshape.default", "aten.view.default",
     "aten.max_pool2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
     "aten.adaptive_max_pool2d.default", "aten.mean.dim",
@@ -64,7 +65,7 @@ def _moments(network: GraphModule, node: Node, known: dict[Node, Moments]) -> Mo
     if name == "aten.add.Tensor" and len(sources) == 2:
         first, second = (known[source] for source in sources)
         return Moments(first.mean + second.mean, first.variance + second.variance)
-    return known[sources[0]] if name in _KEEPS and len(sources) == 1 else None
+    return known[sources[0]] if name in WITHIN_CHANNELS and len(sources) == 1 else None
 
 
 def rectified(moments: Moments) -> Moments:
