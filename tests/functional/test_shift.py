@@ -17,17 +17,25 @@ def pad_and_crop(x, dy, dx):
     return functional.pad(x, (1, 1, 1, 1), mode="reflect")[:, :, dy : dy + h, dx : dx + w]
 
 
+def copied(x, offsets):
+    return Shift()(x, offsets)
+
+
+WAYS = pytest.mark.parametrize("shift", [copied, Shift.multiplied], ids=["copies", "products"])
+
+
 def sample(shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dy", "dx"), OFFSETS)
-def test_equals_padding_and_cropping_to_the_bit(shape, dy, dx, dtype):
+def test_equals_padding_and_cropping_to_the_bit(shift, shape, dy, dx, dtype):
     x = sample(shape, dtype)
     for layout in (torch.contiguous_format, torch.channels_last):
-        y = Shift()(x.to(memory_format=layout), torch.tensor([dy, dx]))
+        y = shift(x.to(memory_format=layout), torch.tensor([dy, dx]))
         assert y.dtype == dtype
         assert torch.equal(y, pad_and_crop(x.float(), dy, dx).to(dtype))
 
@@ -38,13 +46,21 @@ def test_offset_one_one_is_the_identity(shape):
     assert torch.equal(Shift()(x, torch.tensor([1, 1])), x)
 
 
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dy", "dx"), OFFSETS)
-def test_gradient_equals_that_of_padding_and_cropping(dy, dx):
-    x, upstream = sample((2, 3, 4, 5)), sample((2, 3, 4, 5)) + 1
+def test_gradient_equals_that_of_padding_and_cropping(shift, shape, dy, dx):
+    x, upstream = sample(shape), sample(shape) + 1
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (Shift()(a, torch.tensor([dy, dx])) * upstream).sum().backward()
+    (shift(a, torch.tensor([dy, dx])) * upstream).sum().backward()
     (pad_and_crop(b, dy, dx) * upstream).sum().backward()
     assert torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+def test_torch_finds_the_operator_sound():
+    x = sample((2, 3, 4, 5)).requires_grad_()
+    for offsets in ([0, 2], [1, 1]):
+        torch.library.opcheck(torch.ops.zsq.shift, (x, torch.tensor(offsets)))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 6), (2, 3, 6, 1), (2, 3, 1, 1)])
