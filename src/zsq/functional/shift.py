@@ -8,8 +8,11 @@ wait for: it copies the parts of the image that stay together, as an operator of
 compiler asks for the offsets when it runs and not when it compiles.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from itertools import product
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -35,32 +38,30 @@ def shift_matrix(offset: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return (source[:, None] == position[None, :]).to(dtype)
 
 
-Region = tuple[slice, slice, slice, slice]
+Region = tuple[EllipsisType, slice, slice]
 
 
-def _runs(offset: int, length: int) -> list[tuple[slice, slice]]:
+def _runs(offset: int) -> list[tuple[slice, slice]]:
     """Return (to, from) for the parts of an axis that move as one."""
     if offset == 1:
         return [(slice(None), slice(None))]
     if offset == 0:
         return [(slice(1, None), slice(0, -1)), (slice(0, 1), slice(1, 2))]
-    return [(slice(0, -1), slice(1, None)), (slice(length - 1, None), slice(-2, -1))]
+    return [(slice(0, -1), slice(1, None)), (slice(-1, None), slice(-2, -1))]
 
 
-def _regions(x: Tensor, offsets: Tensor) -> Iterator[tuple[Region, Region]]:
+def _regions(offsets: Tensor) -> Iterator[tuple[Region, Region]]:
     """Yield (to, from) for the parts of images (N, C, H, W) that move as one."""
     dy, dx = offsets.tolist()
-    everything = slice(None)
-    rows, columns = _runs(dy, x.shape[2]), _runs(dx, x.shape[3])
-    for (to_row, row), (to_column, column) in product(rows, columns):
-        yield (everything, everything, to_row, to_column), (everything, everything, row, column)
+    for (to_row, row), (to_column, column) in product(_runs(dy), _runs(dx)):
+        yield (..., to_row, to_column), (..., row, column)
 
 
 @torch.library.custom_op("zsq::shift", mutates_args=(), device_types="cpu")
 def _copied(x: Tensor, offsets: Tensor) -> Tensor:
     """Shift by copies; as `Shift`."""
     shifted = torch.empty_like(x)
-    for to, source in _regions(x, offsets):
+    for to, source in _regions(offsets):
         shifted[to] = x[source]
     return shifted
 
@@ -74,12 +75,12 @@ def _added(gradient: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     more than the convolution after it.
     """
     added = torch.zeros_like(x)
-    for to, source in _regions(gradient, offsets):
+    for to, source in _regions(offsets):
         added[source] += gradient[to]
     return added
 
 
-def _keep_offsets(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -89,7 +90,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 
 _copied.register_fake(lambda x, offsets: torch.empty_like(x))
 _added.register_fake(lambda gradient, x, offsets: torch.empty_like(x))
-_copied.register_autograd(_backward, setup_context=_keep_offsets)
+_copied.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 class Shift(nn.Module):

@@ -182,7 +182,8 @@ def _prepare(module: nn.Module, reference: str, *, copied: bool) -> nn.Module:
             raise UsageError(
                 f"{reference} cannot be copied ({describe(error)}): pass it as file.py:function."
             ) from error
-    with contextlib.suppress(NotImplementedError):  # modules of torch.export have one mode only
+    # modules of torch.export have one mode only; those of training mode are refused by `builder`
+    with contextlib.suppress(NotImplementedError):
         module.eval()
     return module.float().cpu()
 
