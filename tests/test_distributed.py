@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from zsq import load
 from zsq.demo import save_digits, train_digits
+from zsq.runtime.metrics import read_metrics
 
 ZSQ = ["-m", "zsq"]
 
@@ -75,6 +76,26 @@ def test_one_process_resumes_what_two_began(folder, killed, monkeypatch, capsys)
     lines = (folder / "killed" / "metrics.jsonl").read_text().splitlines()
     finished = [m["piece"] for m in map(json.loads, lines) if "undecided" in m]
     assert len(finished) == len(set(finished)) == 4, "no piece is made twice"
+
+
+def test_images_of_several_methods_do_not_depend_on_the_number_of_processes(
+    folder, monkeypatch, capsys
+):
+    parts = [
+        "--set",
+        "synthesis={method: mixed, images: 24, steps: 4, batch: 4, parts: [hast, intraq, genie]}",
+    ]
+    options = ["quantize", folder / "net.pt2", *SHAPE, "--no-compile", "--precision", "fp32", "--no-report",
+               "--set", "tuning.steps=2", *parts]  # fmt: skip
+    done = launch(2, ZSQ, *options, "-o", folder / "mixed two", "--json")
+    assert done.returncode == 0, done.stderr
+    zsq_json(monkeypatch, capsys, *options, "-o", folder / "mixed one")
+    runs = [folder / f"mixed {count}" for count in ("one", "two")]
+    one, two = (tensors(run / "images.safetensors") for run in runs)
+    assert one == two
+    one, two = (sorted({r["stage"] for r in read_metrics(run / "metrics.jsonl")}) for run in runs)
+    assert one == two
+    assert {"synthesis part 1", "synthesis part 3"} <= set(one)
 
 
 def told_once(done):

@@ -25,6 +25,7 @@ from zsq.settings import (
     GenieSynthesis,
     Inundation,
     Losses,
+    MixedSynthesis,
     Override,
     Part,
     PixelSynthesis,
@@ -37,9 +38,9 @@ from zsq.settings import (
 )
 
 __all__ = [
-    "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses", "Override",
-    "PixelSynthesis", "Promotion", "RangeCalibration", "Recipe", "Reconstruction", "load_recipe",
-    "recipe_names", "to_yaml",
+    "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses",
+    "MixedSynthesis", "Override", "PixelSynthesis", "Promotion", "RangeCalibration", "Recipe", "Reconstruction",
+    "load_recipe", "recipe_names", "to_yaml",
 ]  # fmt: skip
 
 
@@ -68,15 +69,17 @@ class Recipe(Part):
     """Settings for images of 128 pixels and more, by dotted key: the published ones for ImageNet."""
 
 
-def _without_method(place: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop the method's name, which a validator puts behind ``synthesis`` or ``tuning``."""
-    chosen = place[:1] in {("synthesis",), ("tuning",)} and place[1:2] in _METHODS
-    return (*place[:1], *place[2:]) if chosen else place
+_METHODS = {"genie", "generator", "pixels", "mixed", "reconstruct", "finetune", "calibrate"}
 
 
-_METHODS = {
-    ("genie",), ("generator",), ("pixels",), ("reconstruct",), ("finetune",), ("calibrate",),
-}  # fmt: skip
+def _without_methods(place: tuple[str, ...]) -> tuple[str, ...]:
+    """Drop the methods' names, which a validator puts behind ``synthesis``, ``tuning`` and a part's index."""
+    pairs = zip(("", *place), place, strict=False)
+    chosen = ("synthesis", "tuning")
+    return tuple(
+        name for before, name in pairs
+        if not (name in _METHODS and (before in chosen or before.isdigit()))
+    )  # fmt: skip
 
 
 def recipe_names() -> list[str]:
@@ -130,25 +133,48 @@ def load_recipe(
                 "them out."
             )
         _apply(data, setting)
+    _fill_in_parts(data, schedule, large)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise _complaint(error) from error
 
 
+def _fill_in_parts(data: dict[str, Any], schedule: Literal["quick", "full"], large: bool) -> None:
+    """Put a recipe's synthesis where mixed images name the recipe."""
+    synthesis = data.get("synthesis")
+    if not isinstance(synthesis, dict) or not isinstance(synthesis.get("parts"), list | tuple):
+        return
+    filled = []
+    for part in synthesis["parts"]:
+        if not isinstance(part, str):
+            filled.append(part)
+            continue
+        named = load_recipe(part, schedule=schedule, large=large).synthesis
+        if isinstance(named, MixedSynthesis):
+            raise UsageError(
+                f"synthesis.parts names recipe {part!r}, whose images are mixed themselves; name its "
+                "parts instead."
+            )
+        filled.append(named.model_dump())
+    data["synthesis"] = {**synthesis, "parts": filled}
+
+
 def _complaint(error: ValidationError) -> UsageError:
     """Say what is wrong with the first of the settings that cannot be."""
     first = error.errors()[0]
     place = tuple(map(str, first["loc"]))
-    key = ".".join(_without_method(place))
+    key = ".".join(_without_methods(place))
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(place[-1], _fields(place[:-1]), n=1)
-        meant = ".".join((*_without_method(place[:-1]), *close))
+        meant = ".".join((*_without_methods(place[:-1]), *close))
         reason = "there is no such setting" + (f" (did you mean {meant!r}?)" if close else "")
     else:
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+    given = repr(first.get("input"))
+    shown = given if len(given) <= 100 else f"{given[:100]}..."
     return UsageError(
-        f"recipe setting {key!r} (={first.get('input')!r}): {reason}; `zsq recipes NAME` lists every "
+        f"recipe setting {key!r} (={shown}): {reason}; `zsq recipes NAME` lists every "
         "setting with its meaning."
     )
 
@@ -199,7 +225,21 @@ def _read(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
         return data
     if text in heirs:
         raise UsageError(f"recipe {text!r} extends itself; name another recipe in `extends`.")
-    return _merged(_read(str(base), (*heirs, text)), data)
+    return _inherited(_read(str(base), (*heirs, text)), data)
+
+
+def _inherited(base: dict[str, Any], heir: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe that extends another; where it names another method, its settings are new ones."""
+    for part, default in (("synthesis", "genie"), ("tuning", "reconstruct")):
+        old, new = ((recipe.get(part) or {}).get("method") for recipe in (base, heir))
+        if new is not None and new != (old or default):
+            base = {name: value for name, value in base.items() if name != part}
+            for group in ("quick", "large"):
+                kept = {
+                    k: v for k, v in base.get(group, {}).items() if not k.startswith(f"{part}.")
+                }
+                base[group] = kept
+    return _merged(base, heir)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,8 @@ ProtocolOption = Annotated[str | None, typer.Option("--protocol", help=(
     "edges-8bit, integer or all-low-bit."))]  # fmt: skip
 Images = Annotated[str | None, typer.Option("--images", help=(
     "Folder of real images to use instead of synthetic ones."))]  # fmt: skip
-ImagesFrom = Annotated[str | None, typer.Option("--images-from", metavar="RUN", help=(
-    "Use the images of another run: its folder, or its images.safetensors."))]  # fmt: skip
+ImagesFrom = Annotated[list[str] | None, typer.Option("--images-from", metavar="RUN", help=(
+    "Use the images of another run: its folder, or its images.safetensors. Repeatable: of all of them."))]  # fmt: skip
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Precision = Annotated[PrecisionChoice, typer.Option("--precision")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile")]

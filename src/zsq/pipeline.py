@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from zsq.artifact.given import known_to_all
+from zsq.artifact.given import Places, known_to_all
 from zsq.artifact.identity import check_agreement, run_identity
 from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
@@ -48,7 +48,7 @@ def quantize(
     weights: str | None = None,
     allow_pickle: bool = False,
     images: Images = None,
-    images_from: str | Path | None = None,
+    images_from: Places = None,
     seed: int = 0,
     device: str = "cpu",
     precision: Precision = "auto",
@@ -80,7 +80,8 @@ def quantize(
         allow_pickle: read checkpoints that run code when read.
         images: real images instead of synthetic ones: an `ImageSet`, a normalised tensor
             (N, C, H, W), or an ImageFolder's path.
-        images_from: the images of another run: its folder, or its ``images.safetensors``.
+        images_from: the images of another run: its folder, or its ``images.safetensors``; a list of these
+            puts their images together.
         seed: every random draw derives from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of synthesis: ``auto`` is bf16 where the hardware has it.

@@ -12,6 +12,7 @@ from torch import Tensor
 from zsq.config import (
     Finetuning,
     GeneratorSynthesis,
+    MixedSynthesis,
     PixelSynthesis,
     RangeCalibration,
     Recipe,
@@ -23,6 +24,7 @@ from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
 from zsq.runtime.seeds import seeded
+from zsq.settings import OneSynthesis
 from zsq.student import Student, attach, calibrate_student, prepared_network
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
@@ -81,6 +83,22 @@ def synthesize(
         RunError: the loss became NaN.
     """
     settings, context = load_recipe(recipe).synthesis, context or Context()
+    if isinstance(settings, MixedSynthesis):
+        return _made_in_parts(teacher, settings, context)
+    return _made(teacher, settings, context)
+
+
+def _made_in_parts(teacher: Teacher, settings: MixedSynthesis, context: Context) -> ImageSet:
+    made = []
+    for index, part in enumerate(settings.parts, start=1):
+        context.reporter.note(
+            f"synthesis, part {index} of {len(settings.parts)}: {part.images} images, method {part.method}"
+        )
+        made.append(_made(teacher, part, context.within(f"part {index}")))
+    return ImageSet.joined(made)
+
+
+def _made(teacher: Teacher, settings: OneSynthesis, context: Context) -> ImageSet:
     if isinstance(settings, GeneratorSynthesis):
         return synthesize_with_generator(teacher, settings, context)
     if isinstance(settings, PixelSynthesis):

@@ -14,7 +14,14 @@ from zsq.analysis.curvature import Curvature
 from zsq.analysis.layers import Diagnosis
 from zsq.bits.costs import cost_label, shown_cost
 from zsq.bits.plan import BitsPlan
-from zsq.config import GeneratorSynthesis, RangeCalibration, Recipe, Reconstruction, to_yaml
+from zsq.config import (
+    GeneratorSynthesis,
+    MixedSynthesis,
+    RangeCalibration,
+    Recipe,
+    Reconstruction,
+    to_yaml,
+)
 from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
 
@@ -155,6 +162,8 @@ def _schedule(recipe: Recipe) -> str:
     synthesis, tuning = recipe.synthesis, recipe.tuning
     if isinstance(synthesis, GeneratorSynthesis):
         images = f"{synthesis.steps} generator steps"
+    elif isinstance(synthesis, MixedSynthesis):
+        images = f"{synthesis.images} images in {len(synthesis.parts)} parts"
     else:
         images = f"{synthesis.images} images x {synthesis.steps} steps"
     if isinstance(tuning, Reconstruction):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,31 +15,38 @@ from zsq.runtime.group import Group
 from zsq.stages import Images
 from zsq.synthesis.images import ImageSet
 
+#: Where images of other runs are: one place, or several, whose images are put together.
+Places = str | Path | Sequence[str | Path] | None
 
-def given_images(images: Images, images_from: str | Path | None) -> Images:
+
+def given_images(images: Images, images_from: Places) -> Images:
     """Return the images to use, those of another run among them.
 
     Args:
         images: given ones, a folder of real ones, or None.
-        images_from: the folder of a run, or its ``images.safetensors``.
+        images_from: the folder of a run, or its ``images.safetensors``; several are put together.
 
     Raises:
-        UsageError: both, or no readable images there.
+        UsageError: both, or no readable images there, or images of different shapes.
     """
-    if images_from is None:
+    places = [images_from] if isinstance(images_from, str | Path) else list(images_from or ())
+    if not places:
         return images
     if images is not None:
         raise UsageError(
             "--images (real images) and --images-from (those of another run) exclude each other; "
             "leave one out."
         )
-    path = Path(images_from)
+    return ImageSet.joined([_images_of(Path(place)) for place in places])
+
+
+def _images_of(path: Path) -> ImageSet:
     return ImageSet.load(
         path if path.is_file() else RunFolder.open(path).require("images.safetensors")
     )
 
 
-def known_to_all(group: Group, images: Images, images_from: str | Path | None) -> Images:
+def known_to_all(group: Group, images: Images, images_from: Places) -> Images:
     """Return `given_images` on process 0 of a group, which alone needs them, and their name on others.
 
     Raises:

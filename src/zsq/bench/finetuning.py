@@ -25,7 +25,9 @@ WARM_UP = 2
 
 def finetuning_loop(job: Job) -> Iterator[Part]:
     """Yield fine-tuning at W4A4. Bare: generator and frozen teacher, then a float student's passes."""
-    batch = job.batch or job.recipe(RECIPE, []).synthesis.batch
+    published = job.recipe(RECIPE, []).synthesis
+    assert isinstance(published, GeneratorSynthesis)
+    batch = job.batch or published.batch
     changes = [
         f"synthesis.batch={batch}", f"synthesis.steps={WARM_UP}", f"tuning.range_steps={WARM_UP}",
     ]  # fmt: skip

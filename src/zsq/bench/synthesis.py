@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zsq.bench.loops import Job, Part, Step
 from zsq.bench.plain_synthesis import plain_genie, plain_pixels
 from zsq.bench.turns import Tick, TickingReporter
-from zsq.config import GenieSynthesis, PixelSynthesis
+from zsq.config import GenieSynthesis, MixedSynthesis, PixelSynthesis
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled, Policy
 from zsq.settings import Synthesis
@@ -23,7 +23,9 @@ from zsq.synthesis.pixels import synthesize_pixels
 
 def _synthesis(job: Job, recipe: str) -> Synthesis:
     """Return a recipe's settings for the batch and images asked for; by default one batch."""
-    batch = job.batch or job.recipe(recipe, []).synthesis.batch
+    published = job.recipe(recipe, []).synthesis
+    assert not isinstance(published, MixedSynthesis)
+    batch = job.batch or published.batch
     images = job.images or batch
     changes = [f"synthesis.batch={min(batch, images)}", f"synthesis.images={images}"]
     return job.recipe(recipe, changes).synthesis

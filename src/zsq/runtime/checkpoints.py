@@ -75,10 +75,15 @@ class Checkpoints:
 
     Args:
         folder: created when the first piece is saved.
+        part: of a step, in front of the names of its pieces.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, part: str = "") -> None:
+        self.folder, self.part = folder, part
+
+    def within(self, name: str) -> Checkpoints:
+        """Return the checkpoints of a part of a step, whose pieces are not this step's."""
+        return Checkpoints(self.folder, name)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """Return a piece that was saved before, or None."""
@@ -93,7 +98,8 @@ class Checkpoints:
             save_tensors(path, tensors)
 
     def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}.safetensors"
+        file = f"{self.part} {name}.safetensors".strip()
+        return None if self.folder is None else self.folder / file
 
 
 class SharedCheckpoints(Checkpoints):
@@ -104,11 +110,16 @@ class SharedCheckpoints(Checkpoints):
     Args:
         folder: process 0's; None on the others, where saving does nothing.
         group: the processes.
+        part: as of `Checkpoints`.
     """
 
-    def __init__(self, folder: Path | None, group: Group) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path | None, group: Group, part: str = "") -> None:
+        super().__init__(folder, part)
         self.group = group
+
+    def within(self, name: str) -> Checkpoints:
+        """Return the group's checkpoints of a part of a step."""
+        return SharedCheckpoints(self.folder, self.group, name)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """Return a piece that process 0 saved before, or None."""

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.group import Group
 from zsq.runtime.metrics import Records, Value
 from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Context:
         checkpoints: finished pieces.
         metrics: values over time; None keeps none.
         group: the processes that share the run.
+        part: of a step that is done in parts, the one that this is for; named in records.
     """
 
     seed: int = 0
@@ -31,11 +33,21 @@ class Context:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     metrics: Records | None = None
     group: Group = field(default_factory=Group)
+    part: str = ""
+
+    def within(self, part: str) -> Context:
+        """Return the surroundings of a part of a step: chance, checkpoints and records of its own."""
+        return replace(
+            self,
+            part=part,
+            seed=derive_seed(self.seed, part),
+            checkpoints=self.checkpoints.within(part),
+        )
 
     def record(self, stage: str, step: int, **values: Value) -> None:
         """Write values over time, where a run keeps them."""
         if self.metrics is not None:
-            self.metrics.write(stage=stage, step=step, **values)
+            self.metrics.write(stage=f"{stage} {self.part}".strip(), step=step, **values)
 
     def flush(self) -> None:
         """Put what was recorded on disk; called at checkpoints."""

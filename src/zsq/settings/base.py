@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,6 +51,15 @@ class Bits(Part):
 def to_bits(value: object) -> object:
     """Read bits from text; leave what is not text to validation."""
     return value if isinstance(value, (dict, Bits)) else Bits.parse(str(value))
+
+
+def with_method(default: str) -> Callable[[object], object]:
+    """Let settings that do not name their method mean the default one."""
+
+    def fill(value: object) -> object:
+        return {"method": default, **value} if isinstance(value, dict) else value
+
+    return fill
 
 
 class Override(Part):

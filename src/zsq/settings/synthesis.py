@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from zsq.settings.base import Crop, Part
+from zsq.settings.base import Crop, Part, with_method
 
 
 class GenieSynthesis(Part):
@@ -114,3 +115,52 @@ class PixelSynthesis(Part):
     """Smallest and largest cosine distance to the class centre."""
     crop: Crop | None = None
     """Augmentation inside the loop."""
+
+
+OneSynthesis = Annotated[
+    Annotated[GenieSynthesis | GeneratorSynthesis | PixelSynthesis, Field(discriminator="method")],
+    BeforeValidator(with_method("genie")),
+]
+
+
+class MixedSynthesis(Part):
+    """Images of several methods in one set, in equal shares.
+
+    Images of one method share its blind spots; those of several are nearer to the variety of data.
+    """
+
+    method: Literal["mixed"] = "mixed"
+    images: int = Field(default=1024, ge=1)
+    """Images to make in all; every part makes its share, whatever its own number says."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of every part; None: each its own."""
+    batch: int | None = Field(default=None, ge=2)
+    """Batch of every part; None: each its own."""
+    parts: tuple[OneSynthesis, ...] = Field(min_length=1)
+    """How each share is made: settings, or the name of a recipe whose synthesis it is. A part that is
+    named twice makes two shares."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _deal_out(cls, values: object) -> object:
+        """Give every part its share of the images, and the steps and the batch where they are given."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("parts"), list | tuple):
+            return values
+        parts, images = list(values["parts"]), values.get("images", 1024)
+        if not isinstance(images, int) or images < len(parts):
+            return values
+        common = {name: values[name] for name in ("steps", "batch") if values.get(name) is not None}
+        dealt = []
+        for index, part in enumerate(parts):
+            share = images // len(parts) + (index < images % len(parts))
+            own = part.model_dump() if isinstance(part, Part) else part
+            dealt.append({**own, **common, "images": share} if isinstance(own, dict) else own)
+        return {**values, "parts": dealt}
+
+    @model_validator(mode="after")
+    def _enough(self) -> MixedSynthesis:
+        if self.images < len(self.parts):
+            raise ValueError(
+                f"images is {self.images}, fewer than the {len(self.parts)} parts that share them"
+            )
+        return self

@@ -58,6 +58,6 @@ def _collect(context: Context, owner: int) -> None:
     metrics = context.metrics
     held = metrics.records if isinstance(metrics, HeldRecords) else []
     records = context.group.send(held, owner)
-    if context.group.rank == 0:
+    if context.group.rank == 0 and metrics is not None:
         for record in records:
-            context.record(**record)
+            metrics.write(**record)

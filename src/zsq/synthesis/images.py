@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,30 @@ class ImageSet:
         tensors = group.share({"images": mine.images, "labels": mine.labels} if mine else None)
         provenance = group.send(mine.provenance if mine else {}, 0)
         return cls(tensors["images"], tensors["labels"], provenance)
+
+    @classmethod
+    def joined(cls, sets: Sequence[ImageSet]) -> ImageSet:
+        """Put sets one after the other; the provenance lists theirs.
+
+        Raises:
+            UsageError: no set, or images of different shapes.
+        """
+        shapes = {tuple(part.images.shape[1:]) for part in sets}
+        if len(shapes) != 1:
+            raise UsageError(
+                f"images of shapes {sorted(shapes)} cannot be put together; use sets made for one network."
+            )
+        if len(sets) == 1:
+            return sets[0]
+        provenance: dict[str, object] = {
+            "method": "mixed", "images": [len(part) for part in sets],
+            "parts": [part.provenance for part in sets],
+            "synthetic": all(part.provenance.get("synthetic", False) for part in sets),
+        }  # fmt: skip
+        images, labels = (
+            torch.cat([getattr(part, name) for part in sets]) for name in ("images", "labels")
+        )
+        return cls(images, labels, provenance)
 
     def check(self, input_shape: tuple[int, ...]) -> ImageSet:
         """Return self if the images suit a network's input.

@@ -124,10 +124,7 @@ class GeneratorLearner:
                 images = self.generator(noise, labels.classes, labels.weights)
             made.append(images.float().cpu().contiguous())
         images = torch.cat(made)[:count]
-        provenance: dict[str, object] = {
-            "method": settings.generator, "settings": settings.model_dump(mode="json"),
-            "seed": self.context.seed, "model": self.teacher.info.reference, "synthetic": True,
-        }  # fmt: skip
+        provenance = _provenance(self.teacher, settings, self.context)
         return ImageSet(images, predict(self.teacher, images, self.context), provenance)
 
     def state(self) -> dict[str, Tensor]:
@@ -158,6 +155,11 @@ def synthesize_with_generator(
         UsageError: no batch norm has running statistics.
         RunError: the loss became NaN.
     """
+    finished = context.checkpoints.load("generated")
+    if finished is not None:
+        return ImageSet(
+            finished["images"], finished["labels"], _provenance(teacher, settings, context)
+        )
     with seeded(context.seed, "generator", *context.group.stream):
         learner = GeneratorLearner(teacher, settings, context, settings.steps)
         title = f"training the generator ({settings.generator})"
@@ -168,4 +170,16 @@ def synthesize_with_generator(
                     terms = context.group.mean(terms, learner.share)
                     record_terms(context, "synthesis", step, terms)
                 task.advance(1, loss=terms["generator_bns"])
-        return learner.draw(settings.images)
+        drawn = learner.draw(settings.images)
+    context.checkpoints.save("generated", {"images": drawn.images, "labels": drawn.labels})
+    context.flush()
+    return drawn
+
+
+def _provenance(
+    teacher: Teacher, settings: GeneratorSynthesis, context: Context
+) -> dict[str, object]:
+    return {
+        "method": settings.generator, "settings": settings.model_dump(mode="json"),
+        "seed": context.seed, "model": teacher.info.reference, "synthetic": True,
+    }  # fmt: skip
