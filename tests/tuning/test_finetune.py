@@ -214,7 +214,7 @@ def test_integers_that_ever_moved_are_counted(teacher, tmp_path, monkeypatch):
 def test_inundation_moves_more_integers(teacher):
     frozen = {}
     for target in (0.0, 0.05):
-        settings = [f"tuning.inundation.target={target}", "tuning.lr=1e-6", "tuning.milestones=[]",
+        settings = [f"tuning.inundation.target={target}", "tuning.lr=1e-5", "tuning.milestones=[]",
                     "tuning.inundation.first_steps=0"]  # fmt: skip
         student, _ = tune_with_generator(teacher, attach(teacher, recipe("gdfq+ait", *settings)))
         frozen[target] = student.layers()
