@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,16 +13,21 @@ import torch
 SIDES = {"cpu": 2048, "cuda": 8192}
 #: Multiplications that are timed together on a GPU, so that starting them costs nothing.
 TOGETHER = {"cpu": 1, "cuda": 10}
+#: Of the convolution that is timed on a CPU: many, so that it computes more than it reads.
+CHANNELS = 256
 
 
 def matmul_peak(
     device: torch.device, dtype: torch.dtype, *, repeats: int = 5, side: int | None = None
 ) -> float:
-    """Return the floating-point operations a second of a large square matrix product.
+    """Return the floating-point operations a second of a large matrix product.
+
+    On a CPU a product and a convolution, which is one too, come from different libraries, and which is
+    faster depends on the processor; the better one counts.
 
     Args:
         device: where.
-        dtype: of both matrices. float32 on a GPU uses TF32 where convolutions there may.
+        dtype: of the factors. float32 on a GPU uses TF32 where convolutions there may.
         repeats: the best of so many counts.
         side: rows and columns; by default as `SIDES` says.
 
@@ -28,23 +35,50 @@ def matmul_peak(
         Operations a second, two for each multiply-accumulate.
     """
     side = side or SIDES[device.type]
-    together = TOGETHER[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
     allowed = torch.backends.cuda.matmul.allow_tf32
-    best = float("inf")
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        for _ in range(repeats + 1):  # the first one warms up, and is rarely the best
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(together):
-                torch.mm(a, b, out=out)
-            synchronize(device)
-            best = min(best, (time.perf_counter() - start) / together)
+        return max(
+            2.0 * count / _best(multiply, device, repeats)
+            for count, multiply in _products(device, dtype, side)
+        )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return 2.0 * side**3 / best
+
+
+def _products(
+    device: torch.device, dtype: torch.dtype, side: int
+) -> list[tuple[int, Callable[[], torch.Tensor]]]:
+    """Return what is timed, about as much of each, with its multiply-accumulates."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    found: list[tuple[int, Callable[[], torch.Tensor]]] = [
+        (side**3, lambda: torch.mm(a, b, out=out))
+    ]
+    if device.type == "cpu":
+        pixels = math.ceil(math.sqrt(side**3 / (9 * CHANNELS**2)))
+        image = torch.randn(1, CHANNELS, pixels, pixels).to(dtype)
+        image = image.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(CHANNELS, CHANNELS, 3, 3).to(dtype)
+        inside = (
+            3 * pixels - 2
+        ) ** 2  # products along height and width; those with the border are none
+        found.append((inside * CHANNELS**2, lambda: torch.conv2d(image, weight, padding=1)))
+    return found
+
+
+def _best(multiply: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
+    """Return the seconds of one product."""
+    together = TOGETHER[device.type]
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up, and is rarely the best
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(together):
+            multiply()
+        synchronize(device)
+        best = min(best, (time.perf_counter() - start) / together)
+    return best
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,7 +12,16 @@ import torch
 
 NOT_INSTALLED = "not installed"
 
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+)
 """Instructions that decide how fast float32, bfloat16 and 8-bit integer networks run."""
 
 
