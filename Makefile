@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(RUN) -m zsq demo
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(STAMP)
 	$(RUN) -m ruff check
