@@ -126,7 +126,7 @@ OneSynthesis = Annotated[
 class MixedSynthesis(Part):
     """Images of several methods in one set, in equal shares.
 
-    Images of one method share its blind spots; those of several are nearer to the variety of data.
+    Images of one method may share its blind spots.
     """
 
     method: Literal["mixed"] = "mixed"
@@ -146,7 +146,7 @@ class MixedSynthesis(Part):
         """Give every part its share of the images, and the steps and the batch where they are given."""
         if not isinstance(values, Mapping) or not isinstance(values.get("parts"), list | tuple):
             return values
-        parts, images = list(values["parts"]), values.get("images", 1024)
+        parts, images = values["parts"], values.get("images", cls.model_fields["images"].default)
         if not isinstance(images, int) or images < len(parts):
             return values
         common = {name: values[name] for name in ("steps", "batch") if values.get(name) is not None}
