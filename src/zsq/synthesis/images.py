@@ -62,27 +62,41 @@ class ImageSet:
 
     @classmethod
     def joined(cls, sets: Sequence[ImageSet]) -> ImageSet:
-        """Put sets one after the other; the provenance lists theirs.
+        """Put sets together, evenly mixed: whoever takes the first images only takes some of every set.
+
+        Args:
+            sets: at least one; a single one is returned as it is.
+
+        Returns:
+            All images, those of each set in their order; the provenance lists the sets'.
 
         Raises:
-            UsageError: no set, or images of different shapes.
+            UsageError: images of different shapes.
+
+        Example:
+            >>> sets = [ImageSet(torch.full((n, 1, 1, 1), n), torch.full((n,), n)) for n in (2, 4)]
+            >>> ImageSet.joined(sets).labels
+            tensor([4, 2, 4, 4, 2, 4])
         """
+        if len(sets) == 1:
+            return sets[0]
         shapes = {tuple(part.images.shape[1:]) for part in sets}
         if len(shapes) != 1:
             raise UsageError(
                 f"images of shapes {sorted(shapes)} cannot be put together; use sets made for one network."
             )
-        if len(sets) == 1:
-            return sets[0]
+        places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in sets])
+        order = places.argsort(stable=True)
         provenance: dict[str, object] = {
             "method": "mixed", "images": [len(part) for part in sets],
             "parts": [part.provenance for part in sets],
             "synthetic": all(part.provenance.get("synthetic", False) for part in sets),
         }  # fmt: skip
-        images, labels = (
-            torch.cat([getattr(part, name) for part in sets]) for name in ("images", "labels")
+        return cls(
+            torch.cat([part.images for part in sets])[order],
+            torch.cat([part.labels for part in sets])[order],
+            provenance,
         )
-        return cls(images, labels, provenance)
 
     def check(self, input_shape: tuple[int, ...]) -> ImageSet:
         """Return self if the images suit a network's input.
