@@ -89,6 +89,7 @@ def synthesize(
 
 
 def _made_in_parts(teacher: Teacher, settings: MixedSynthesis, context: Context) -> ImageSet:
+    """Make every part's share, each with chance, checkpoints and records of its own."""
     made = []
     for index, part in enumerate(settings.parts, start=1):
         context.reporter.note(
@@ -99,6 +100,7 @@ def _made_in_parts(teacher: Teacher, settings: MixedSynthesis, context: Context)
 
 
 def _made(teacher: Teacher, settings: OneSynthesis, context: Context) -> ImageSet:
+    """Make images by one method."""
     if isinstance(settings, GeneratorSynthesis):
         return synthesize_with_generator(teacher, settings, context)
     if isinstance(settings, PixelSynthesis):

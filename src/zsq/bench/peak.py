@@ -60,10 +60,8 @@ def _products(
         image = torch.randn(1, CHANNELS, pixels, pixels).to(dtype)
         image = image.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(CHANNELS, CHANNELS, 3, 3).to(dtype)
-        inside = (
-            3 * pixels - 2
-        ) ** 2  # products along height and width; those with the border are none
-        found.append((inside * CHANNELS**2, lambda: torch.conv2d(image, weight, padding=1)))
+        taps = (3 * pixels - 2) ** 2  # over all places; what falls on the padding is no product
+        found.append((taps * CHANNELS**2, lambda: torch.conv2d(image, weight, padding=1)))
     return found
 
 
