@@ -106,6 +106,12 @@ def test_a_mixture_that_a_recipe_extends_is_replaced_whole(tmp_path):
         assert recipe.tuning == load_recipe("hast", schedule=schedule, large=True).tuning
 
 
+def test_what_is_no_settings_in_an_heir_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: mixed\nsynthesis: genie\n")
+    with pytest.raises(UsageError, match="recipe setting 'synthesis' \\(='genie'\\)"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -231,15 +231,19 @@ def _read(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
 def _inherited(base: dict[str, Any], heir: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe that extends another; where it names another method, its settings are new ones."""
     for part, default in (("synthesis", "genie"), ("tuning", "reconstruct")):
-        old, new = ((recipe.get(part) or {}).get("method") for recipe in (base, heir))
+        old, new = (_mapping(recipe, part).get("method") for recipe in (base, heir))
         if new is not None and new != (old or default):
             base = {name: value for name, value in base.items() if name != part}
             for group in ("quick", "large"):
-                kept = {
-                    k: v for k, v in base.get(group, {}).items() if not k.startswith(f"{part}.")
-                }
-                base[group] = kept
+                changes = _mapping(base, group).items()
+                base[group] = {k: v for k, v in changes if not str(k).startswith(f"{part}.")}
     return _merged(base, heir)
+
+
+def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the settings at a key; none where something else stands there, which validation names."""
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
