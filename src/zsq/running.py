@@ -181,14 +181,17 @@ def _save_images(folder: RunFolder | None, images: ImageSet) -> None:
 def _save_student(folder: RunFolder | None, student: Student) -> None:
     if folder is None:
         return
-    _keep_snapshots(folder)
+    _keep_for_analysis(folder)
     if folder.record["results"].pop("export", None):  # another student's, by rounding at least
         folder.save()
     save_student(student.to("cpu"), folder.file("student.safetensors"))
 
 
-def _keep_snapshots(folder: RunFolder) -> None:
-    """Move snapshots of the weights out of the checkpoints, which end with the run."""
+def _keep_for_analysis(folder: RunFolder) -> None:
+    """Move what is looked at later out of the checkpoints, which end with the run."""
+    learned = folder.file("checkpoints") / "equalization.safetensors"
+    if learned.exists():
+        learned.replace(folder.file(learned.name))
     for snapshot in sorted(folder.file("checkpoints").glob("path_*.safetensors")):
         folder.file("path").mkdir(exist_ok=True)
         snapshot.replace(folder.file("path") / snapshot.name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from zsq.config import (
-    Finetuning,
     GeneratorSynthesis,
     MixedSynthesis,
     PixelSynthesis,
@@ -20,6 +20,7 @@ from zsq.config import (
     load_recipe,
 )
 from zsq.evaluation.folder import load_images, open_for
+from zsq.preparation import has_a_learning_generator, prepared, prepared_teacher
 from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
@@ -31,7 +32,6 @@ from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner, synthesize_with_generator
 from zsq.synthesis.pixels import synthesize_pixels
-from zsq.teacher.equalize import equalized
 from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
@@ -128,6 +128,11 @@ def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context
         context.policy.place(student.network)
         pixels = images.images.to(context.policy.device)
         calibrate_student(student, pixels, rule=settings.ranges)
+        for quantizer in student.quantizers().values():
+            if quantizer.bits == 8:
+                quantizer.set_grid(
+                    replace(quantizer.grid(), scale=quantizer.scale * settings.margin)
+                )
         return student.freeze()
 
     def fixed(steps: int) -> FixedImages:
@@ -185,39 +190,17 @@ def produce(
 
 def learns_together(recipe: Recipe, images: Images) -> bool:
     """Whether the images of a run come from a generator that learns with the student."""
-    return images is None and _has_a_learning_generator(recipe)
-
-
-def _has_a_learning_generator(recipe: Recipe) -> bool:
-    return isinstance(recipe.synthesis, GeneratorSynthesis) and isinstance(
-        recipe.tuning, Finetuning
-    )
+    return images is None and has_a_learning_generator(recipe)
 
 
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
-    teacher = prepared_teacher(teacher, recipe, images)
+    teacher, grids = prepared(teacher, recipe, images, context)
     context.group.align(teacher.network)
-    return tune(teacher, attach(teacher, recipe), images, context=context)
-
-
-def prepared_teacher(teacher: Teacher, recipe: Recipe, images: ImageSet | None) -> Teacher:
-    """Return the teacher as the recipe wants it before quantizers: folded, equalized, both or neither.
-
-    Args:
-        teacher: stays as it is.
-        recipe: one whose generator learns with the student, before there are images, equalizes by the
-            batch norms alone, and keeps them, as the generator learns from them; `attach` folds.
-        images: give the channels' sizes for the others.
-    """
-    fold = recipe.fold_batch_norm or recipe.protocol == "integer"
-    if _has_a_learning_generator(recipe) or images is None:
-        fold, sample = False, None
-    else:
-        sample = images.images[: recipe.tuning.calibration_images]
-    if not fold and recipe.equalize == 0:
-        return teacher
-    return equalized(teacher, sample, recipe.equalize, fold=fold)
+    student = attach(teacher, recipe)
+    for name, grid in grids.items():
+        student.quantizer(name).set_grid(grid)
+    return tune(teacher, student, images, context=context)
 
 
 def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:

@@ -13,7 +13,8 @@ from torch import nn
 from zsq.analysis.items import Dissection, signal_to_noise
 from zsq.analysis.layers import diagnose_student
 from zsq.config import load_recipe
-from zsq.stages import prepared_teacher, tune
+from zsq.preparation import prepared_teacher
+from zsq.stages import tune
 from zsq.student import attach, prepared_network
 from zsq.synthesis.images import ImageSet
 

@@ -53,6 +53,14 @@ def test_first_ranges_follow_the_rule_asked_for(teacher):
         assert float(quantizer.scale) == pytest.approx(float(expected.scale), rel=0.1)
 
 
+@pytest.mark.parametrize(("bits", "wider"), [("w8a8", 1.5), ("w8a4", 1.0)])
+def test_the_margin_widens_ranges_of_eight_bits_only(teacher, bits, wider):
+    plain, wide = (calibrated(teacher, bits, f"tuning.margin={margin}") for margin in (1, 1.5))
+    first, quantizer = next(iter(plain.quantizers().items()))
+    assert float(wide.quantizer(first).scale) == pytest.approx(wider * float(quantizer.scale))
+    assert float(wide.quantizer(first).zero_point) == float(quantizer.zero_point)
+
+
 def test_least_error_beats_minmax_at_low_bits(teacher):
     x = smooth_images(64, seed=9)
     wanted = teacher(x).softmax(1)

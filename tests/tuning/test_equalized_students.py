@@ -7,8 +7,9 @@ from helpers.students import labelled_images, teacher_of
 
 from zsq import stages
 from zsq.config import load_recipe
+from zsq.preparation import prepared_teacher
 from zsq.runtime.context import Context
-from zsq.stages import prepared_teacher, produce
+from zsq.stages import produce
 from zsq.teacher.layers import BatchNorm
 
 SMALL = [

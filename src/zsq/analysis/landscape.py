@@ -15,15 +15,16 @@ from torch import Tensor
 from zsq.analysis.curvature import Curvature, curvature
 from zsq.analysis.directions import PathDirections, path_directions, random_directions
 from zsq.analysis.losses import StudentLosses
+from zsq.analysis.runs import kept_in
 from zsq.analysis.surface import Surface, loss_surface
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
+from zsq.preparation import prepared_teacher
 from zsq.runtime.checkpoints import load_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
 from zsq.runtime.seeds import seeded
-from zsq.stages import prepared_teacher
 from zsq.synthesis.images import ImageSet
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _losses(folder: RunFolder, images: int, context: Context) -> StudentLosses:
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     pictures = ImageSet.load(folder.require("images.safetensors"))
-    prepared = prepared_teacher(teacher, student.recipe, pictures)
+    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder))
     batch = ImageSet(pictures.images[:images], pictures.labels[:images])
     return StudentLosses(student, prepared, batch, context=context)
 

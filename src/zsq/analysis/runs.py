@@ -14,9 +14,10 @@ from torch.fx import Interpreter, Node
 from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
+from zsq.preparation import prepared_teacher
+from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
-from zsq.stages import prepared_teacher
 from zsq.student import prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.inspect import count_macs
@@ -50,7 +51,7 @@ def diagnose(
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     pictures = ImageSet.load(folder.require("images.safetensors"))
-    prepared = prepared_teacher(teacher, student.recipe, pictures)
+    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder))
     network = prepared_network(prepared, student.recipe)
     if images is None:
         images = affordable_images(teacher, len(student.layers()) + len(student.quantizers()))
@@ -59,6 +60,11 @@ def diagnose(
     with atomic_write(folder.file("diagnosis.png")) as temporary:
         found.plot().savefig(temporary, format="png", dpi=150)
     return found
+
+
+def kept_in(folder: RunFolder) -> Context:
+    """Return surroundings whose checkpoints are what a run kept of its own: how it was equalized."""
+    return Context(checkpoints=Checkpoints(folder.path))
 
 
 def affordable_images(teacher: Teacher, items: int) -> int:

@@ -7,6 +7,7 @@
 ``metrics.jsonl``     losses over time
 ``images.safetensors``  the images, with labels and provenance
 ``teacher.safetensors`` the float network, so that the run can be judged alone
+``equalization.safetensors`` what channels were multiplied by, where it was learned
 ``student.safetensors`` the quantized network as packed integers
 ``model.onnx``        the deployable file
 ``diagnosis.json``    what each weight and edge costs

@@ -14,9 +14,10 @@ from zsq.bits.plan import BitsPlan, make_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
 from zsq.errors import UsageError
+from zsq.preparation import prepared_teacher
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
-from zsq.stages import Images, choose_images, prepared_teacher
+from zsq.stages import Images, choose_images
 from zsq.student import prepared_network
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import Teacher

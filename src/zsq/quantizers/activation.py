@@ -79,6 +79,13 @@ class ActivationQuantizer(nn.Module):
         self.calibrated.fill_(True)
 
     @torch.no_grad()
+    def grid(self) -> Grid:
+        """Return a copy of the scale and the zero point (scalars); of no search, so without an error."""
+        return Grid(
+            self.scale.clone(), self.zero_point.clone(), torch.full_like(self.scale, torch.nan)
+        )
+
+    @torch.no_grad()
     def settle(self) -> None:
         """Make the step a constant, as it will be saved, and always quantize."""
         self.raw_scale.copy_(self.scale)

@@ -34,6 +34,9 @@ class RangeCalibration(Calibration):
     """Each output channel's range: its minimum and maximum, or that of the least rounding error."""
     ranges: Literal["minmax", "percentile", "error"] = "minmax"
     """Each activation's range, likewise, or without the outermost values."""
+    margin: float = Field(default=1.0, gt=0)
+    """How much wider than on the run's images the ranges of 8-bit activations are: real images reach
+    further. At fewer bits every level counts, and ranges stay as they were found."""
 
 
 class Reconstruction(Calibration):
@@ -43,6 +46,9 @@ class Reconstruction(Calibration):
     steps: int = Field(default=20000, ge=0)
     """Steps per reconstruction unit; 0 rounds to nearest."""
     batch: int = Field(default=32, ge=1)
+    equalize_steps: int = Field(default=0, ge=0)
+    """Steps before, at most as many as a unit's, that learn end to end what each channel of the quantized
+    activations is to be multiplied by, and their first steps; 0: what `equalize` computes, and a search."""
     unit: Literal["block", "layer"] = "block"
     """What is reconstructed at a time: blocks found on the graph, or single layers."""
     drop: float = Field(default=0.5, ge=0, le=1)

@@ -47,6 +47,10 @@ class Stream:
     tensors: list[Node] = field(default_factory=list)
     fixed: bool = False
 
+    def channels(self, network: GraphModule) -> int:
+        """Return how many channels the stream has in a network."""
+        return len(_writer(network, self.writers[0]).weight)
+
 
 def find_streams(network: GraphModule) -> list[Stream]:
     """Group a network's tensors into streams; return those that may be rescaled."""
@@ -192,11 +196,28 @@ def equalize(network: GraphModule, squares: Mapping[str, Tensor], strength: floa
         if any(n.name not in squares for n in stream.tensors):
             continue
         square = torch.stack([squares[n.name] for n in stream.tensors]).amax(0)
-        factor = _factor(square.sqrt(), strength)
-        for node in stream.writers:
-            _scale_outputs(_writer(network, node), factor)
-        for node in stream.readers:
-            _scale_inputs(_layer(network, node), 1 / factor)
+        _rescale(network, stream, _factor(square.sqrt(), strength))
+
+
+@torch.no_grad()
+def rescale(network: GraphModule, factors: Mapping[str, Tensor]) -> None:
+    """Multiply the channels of a network's streams, in place; outputs stay the same up to float rounding.
+
+    Args:
+        network: with batch norms or without.
+        factors: positive, (C,), by the name of the first tensor of a stream; other streams stay as they are.
+    """
+    for stream in find_streams(network):
+        factor = factors.get(stream.tensors[0].name)
+        if factor is not None:
+            _rescale(network, stream, factor.to(_writer(network, stream.writers[0]).weight.device))
+
+
+def _rescale(network: GraphModule, stream: Stream, factor: Tensor) -> None:
+    for node in stream.writers:
+        _scale_outputs(_writer(network, node), factor)
+    for node in stream.readers:
+        _scale_inputs(_layer(network, node), 1 / factor)
 
 
 def _factor(size: Tensor, strength: float) -> Tensor:

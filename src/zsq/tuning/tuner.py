@@ -106,13 +106,14 @@ class PieceTuner:
         return optimizers
 
     def calibrate(self) -> None:
-        """Give the piece's activation quantizers a first step, then switch them on."""
+        """Give the piece's activation quantizers a first step where they have none; switch them all on."""
         for quantizer in self.quantizers.values():
             quantizer.enabled = False
+        without = {n: q for n, q in self.quantizers.items() if not bool(q.calibrated)}
         device = self.context.policy.device
         inputs = self.problem.from_student[: self.settings.calibration_images].to(device)
         calibrate(
-            self.piece.student, self.quantizers, list(torch.split(inputs, PASS)),
+            self.piece.student, without, list(torch.split(inputs, PASS)),
             power=self.settings.power, asymmetric=self.settings.asymmetric,
         )  # fmt: skip
         for quantizer in self.quantizers.values():

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher as a recipe quantizes it: batch norms folded, channels equalized."""
+
+from __future__ import annotations
+
+from zsq.config import Finetuning, GeneratorSynthesis, Recipe, Reconstruction
+from zsq.functional.affine import Grid
+from zsq.quantizers.protocol import place
+from zsq.runtime.context import Context
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.equalize import equalized, rescale
+from zsq.teacher.teacher import Teacher
+from zsq.tuning.equalizing import learn_equalization
+
+
+def prepared_teacher(
+    teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context | None = None
+) -> Teacher:
+    """Return the teacher as the recipe wants it before quantizers: folded, equalized, both or neither.
+
+    Args:
+        teacher: stays as it is.
+        recipe: one whose generator learns with the student, before there are images, equalizes by the
+            batch norms alone, and keeps them, as the generator learns from them; `attach` folds.
+        images: give the channels' sizes for the others.
+        context: where what is learned is kept, and how it is computed; None learns nothing, which for
+            weights alone makes little difference.
+    """
+    return prepared(teacher, recipe, images, context)[0]
+
+
+def prepared(
+    teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context | None
+) -> tuple[Teacher, dict[str, Grid]]:
+    """Return the teacher as `prepared_teacher` does, and the grids learned for its activations, by name."""
+    if has_a_learning_generator(recipe) or images is None:
+        if recipe.equalize == 0:
+            return teacher, {}
+        return equalized(teacher, None, recipe.equalize, fold=False), {}
+    fold = recipe.fold_batch_norm or recipe.protocol == "integer"
+    steps = equalization_steps(recipe)
+    if not (fold or recipe.equalize or steps):
+        return teacher, {}
+    sample = images.images[: recipe.tuning.calibration_images]
+    ready = equalized(teacher, sample, recipe.equalize, fold=fold)
+    if not steps or context is None:
+        return ready, {}
+    placement = place(ready.network, recipe.protocol, recipe.bits, recipe.overrides)
+    learned = learn_equalization(
+        ready.network, placement, images.images, steps, recipe.tuning, context
+    )
+    rescale(ready.network, learned.factors)
+    return ready, learned.grids
+
+
+def equalization_steps(recipe: Recipe) -> int:
+    """Return for how many steps a recipe learns how to equalize: no more than it tunes a unit for."""
+    tuning = recipe.tuning
+    if not isinstance(tuning, Reconstruction) or recipe.bits.activations >= 8:
+        return 0  # at 8 bits there is nothing to gain
+    return min(tuning.equalize_steps, tuning.steps)
+
+
+def has_a_learning_generator(recipe: Recipe) -> bool:
+    """Whether a recipe's images come from a generator that learns with the student."""
+    return isinstance(recipe.synthesis, GeneratorSynthesis) and isinstance(
+        recipe.tuning, Finetuning
+    )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned equalization: the same network, on which quantized activations cost the predictions less."""
+
+import pytest
+import torch
+from helpers.networks import Concat, Inverted, Residual, smooth_images, with_own_statistics
+from helpers.students import SHAPE, labelled_images, recipe, teacher_of
+
+import zsq
+from zsq.analysis.runs import diagnose, kept_in
+from zsq.artifact.networkfile import load_saved_teacher
+from zsq.artifact.runfolder import RunFolder
+from zsq.config import load_recipe
+from zsq.errors import RunError
+from zsq.functional.affine import Grid
+from zsq.preparation import equalization_steps, prepared_teacher
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.protocol import place
+from zsq.runtime.checkpoints import Checkpoints, load_tensors
+from zsq.runtime.context import Context
+from zsq.stages import tuned
+from zsq.synthesis.images import ImageSet
+from zsq.teacher.equalize import equalized, find_streams, rescale
+from zsq.teacher.layers import Layer
+from zsq.tuning import equalizing
+from zsq.tuning.equalizing import RescaledQuantizer, learn_equalization
+
+
+def uneven(make=Residual):
+    """A teacher whose channels are of very unequal range, so that there is something to gain."""
+    teacher = teacher_of(make)
+    for module in teacher.network.modules():
+        if type(module).__name__ == "BatchNorm":
+            module.weight.data *= torch.linspace(0.2, 3, len(module.weight))
+    return teacher
+
+
+def learned_on(teacher, steps, context=None, count=64, bits=3):
+    network = equalized(teacher, None, 0).network
+    chosen = recipe(bits=f"w8a{bits}")
+    placement = place(network, "edges-8bit", chosen.bits)
+    images = smooth_images(count, seed=5)
+    found = learn_equalization(
+        network, placement, images, steps, chosen.tuning, context or Context()
+    )
+    return network, placement, found
+
+
+def divergence(network, placement, grids, x, wanted):
+    """Quantize the activations of a network on given grids; return the mean divergence, in float64."""
+    student = equalizing.copy_network(network)
+    equalizing.insert_quantizers(student, placement, ActivationQuantizer)
+    for name, grid in grids.items():
+        student.get_submodule(f"quantizers.{name}").set_grid(grid)
+    with torch.no_grad():
+        given, wanted = student(x).double().log_softmax(1), wanted.double().log_softmax(1)
+    return float((wanted.exp() * (wanted - given)).sum(1).mean())
+
+
+@pytest.mark.parametrize("make", [Residual, Inverted, Concat])
+def test_outputs_stay_the_same(make):
+    teacher = uneven(make)
+    network, _, found = learned_on(teacher, 5)
+    x = smooth_images(8)
+    with torch.no_grad():
+        rescale(network, found.factors)
+        before, after = teacher(x), network(x)
+    assert before.std() > 0.01
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+
+
+def test_quantized_activations_cost_less_on_other_images():
+    teacher = uneven()
+    x = smooth_images(256, seed=9)
+    with torch.no_grad():
+        wanted = teacher(x)
+    costs = []
+    for steps in (0, 150):
+        network, placement, found = learned_on(teacher, steps)
+        rescale(network, found.factors)
+        costs.append(divergence(network, placement, found.grids, x, wanted))
+    assert costs[1] < 0.7 * costs[0]
+
+
+def test_no_step_changes_nothing():
+    _, _, found = learned_on(uneven(), 0)
+    assert found.factors
+    assert all(torch.equal(f, torch.ones_like(f)) for f in found.factors.values())
+
+
+def test_tensors_of_a_stream_share_their_factors():
+    network, placement, found = learned_on(uneven(), 5)
+    streams = {s.tensors[0].name: s for s in find_streams(network)}
+    assert set(found.factors) <= set(streams)
+    for name, factor in found.factors.items():
+        assert len(factor) == streams[name].channels(network)
+        assert bool((factor > 0).all())
+        assert float(factor.std()) > 0
+    assert set(found.grids) == set(placement.activations)
+
+
+def test_a_rescaled_quantizer_has_a_step_per_channel():
+    """Its values and gradients are those of a grid for every channel by itself."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 5, 5) * torch.tensor([1.0, 2.0, 0.3]).view(1, 3, 1, 1)
+    quantizer = ActivationQuantizer(3)
+    quantizer.set_grid(Grid(torch.tensor(0.1), torch.tensor(0.0), torch.tensor(0.0)))
+    logarithms = torch.nn.Parameter(torch.tensor([0.0, 0.7, -1.0]))
+    module = RescaledQuantizer(quantizer, logarithms)
+    outward = torch.randn(4, 3, 5, 5)
+    (module(x) * outward).sum().backward()
+    wanted = torch.zeros(3)
+    for channel in range(3):
+        step = 0.1 * float(logarithms[channel].detach().exp())
+        ratio = x[:, channel] / step
+        codes = ratio.round().clamp(0, 7)
+        torch.testing.assert_close(module(x)[:, channel].detach(), codes * step)
+        # LSQ's gradient of the step (arXiv 1902.08153, equation 3), times the step for its logarithm
+        slope = torch.where(ratio > 7, codes, codes - ratio) * step
+        wanted[channel] = (slope * outward[:, channel]).sum()
+    torch.testing.assert_close(logarithms.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_add_up_to_the_batch(monkeypatch):
+    whole = learned_on(uneven(), 3)[2]
+    monkeypatch.setattr(equalizing, "PIXELS", 8 * 8 * 10)
+    parts = learned_on(uneven(), 3)[2]
+    for name, factor in whole.factors.items():
+        torch.testing.assert_close(parts.factors[name], factor, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_learned_is_read_back(tmp_path, monkeypatch):
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    _, _, first = learned_on(uneven(), 3, context)
+    monkeypatch.setattr(equalizing, "_learn", None)  # another time it would fail
+    _, _, second = learned_on(uneven(), 3, context)
+    assert first.factors.keys() == second.factors.keys()
+    assert all(torch.equal(first.factors[k], second.factors[k]) for k in first.factors)
+    assert all(torch.equal(first.grids[k].scale, second.grids[k].scale) for k in first.grids)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_a_hint():
+    teacher = teacher_of()
+    chosen = recipe(bits="w4a4")
+    network = equalized(teacher, None, 0).network
+    layer = next(m for m in network.modules() if isinstance(m, Layer))
+    layer.weight.data.fill_(3e38)
+    placement = place(network, "edges-8bit", chosen.bits)
+    with pytest.raises(RunError, match=r"equalize_steps=0|NaN or Inf"):
+        learn_equalization(network, placement, smooth_images(8), 3, chosen.tuning, Context())
+
+
+@pytest.mark.parametrize(
+    ("bits", "settings", "steps"),
+    [
+        ("w4a4", ["tuning.equalize_steps=200"], 4),  # no more than for a unit
+        ("w4a4", ["tuning.equalize_steps=2"], 2),
+        ("w4a4", ["tuning.equalize_steps=2", "tuning.steps=0"], 0),
+        ("w4a8", ["tuning.equalize_steps=2"], 0),
+    ],
+)
+def test_how_many_steps_are_made(bits, settings, steps):
+    assert equalization_steps(recipe(*settings, bits=bits)) == steps
+
+
+def test_recipes_that_train_end_to_end_learn_no_factors():
+    assert equalization_steps(load_recipe("hast", schedule="quick")) == 0
+
+
+def test_a_student_starts_from_what_was_learned(monkeypatch):
+    teacher, images = uneven(), labelled_images(uneven(), 32)
+    settings = recipe("tuning.equalize_steps=4", "tuning.learn_activation_scale=false")
+    context = Context()
+    network = equalized(teacher, images.images, settings.equalize).network
+    placement = place(network, settings.protocol, settings.bits)
+    wanted = learn_equalization(network, placement, images.images, 4, settings.tuning, context)
+    student = tuned(teacher, settings, images, context)
+    for name, quantizer in student.quantizers().items():
+        torch.testing.assert_close(quantizer.scale, wanted.grids[name].scale)
+
+
+def test_without_surroundings_nothing_is_learned():
+    """Looking at weights alone needs no factors; a run's own are read from its folder."""
+    teacher, images = uneven(), labelled_images(uneven(), 16)
+    settings = recipe("tuning.equalize_steps=4")
+    plain = prepared_teacher(teacher, recipe(), images)
+    same = prepared_teacher(teacher, settings, images)
+    other = prepared_teacher(teacher, settings, images, Context())
+    name, weight = next(iter(plain.network.named_parameters()))
+    assert torch.equal(same.network.get_parameter(name), weight)
+    assert not torch.equal(other.network.get_parameter(name), weight)
+
+
+def test_a_run_keeps_what_it_learned_for_its_analysis(tmp_path, monkeypatch):
+    settings = [
+        "synthesis.images=8", "synthesis.batch=8", "synthesis.steps=2", "tuning.steps=3",
+        "tuning.batch=8",
+    ]  # fmt: skip
+    network = with_own_statistics(Residual())
+    zsq.quantize(
+        network, "genie", settings=settings, input_shape=SHAPE, out=tmp_path / "run", report=False,
+        compile=False,
+    )  # fmt: skip
+    kept = load_tensors(tmp_path / "run" / "equalization.safetensors")[0]
+    assert any(name.startswith("factors.") for name in kept)
+    monkeypatch.setattr(equalizing, "_learn", None)
+    folder = RunFolder.open(tmp_path / "run")
+    student = zsq.load(tmp_path / "run")
+    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
+    images = ImageSet.load(folder.require("images.safetensors"))
+    ready = prepared_teacher(teacher, student.recipe, images, kept_in(folder))
+    for path, layer in student.layers().items():
+        rounded, weight = layer.weight(), ready.network.get_submodule(path).weight
+        assert float((rounded - weight).abs().max()) < 0.5 * float(weight.abs().max()), path
+    assert diagnose(tmp_path / "run", images=4).to_dict()
