@@ -35,23 +35,29 @@ def uneven(make=Residual):
     return teacher
 
 
-def learned_on(teacher, steps, context=None, count=64, bits=3):
+def learned_on(teacher, steps, context=None, protocol="edges-8bit"):
     network = equalized(teacher, None, 0).network
-    chosen = recipe(bits=f"w8a{bits}")
-    placement = place(network, "edges-8bit", chosen.bits)
-    images = smooth_images(count, seed=5)
+    chosen = recipe(bits="w8a3")
+    placement = place(network, protocol, chosen.bits)
+    images = smooth_images(64, seed=5)
     found = learn_equalization(
         network, placement, images, steps, chosen.tuning, context or Context()
     )
     return network, placement, found
 
 
-def divergence(network, placement, grids, x, wanted):
-    """Quantize the activations of a network on given grids; return the mean divergence, in float64."""
+def quantized(network, placement, grids):
+    """Quantize the activations of a network on given grids."""
     student = equalizing.copy_network(network)
     equalizing.insert_quantizers(student, placement, ActivationQuantizer)
     for name, grid in grids.items():
         student.get_submodule(f"quantizers.{name}").set_grid(grid)
+    return student
+
+
+def divergence(network, placement, grids, x, wanted):
+    """Return the mean divergence of a network with quantized activations, in float64."""
+    student = quantized(network, placement, grids)
     with torch.no_grad():
         given, wanted = student(x).double().log_softmax(1), wanted.double().log_softmax(1)
     return float((wanted.exp() * (wanted - given)).sum(1).mean())
@@ -69,17 +75,39 @@ def test_outputs_stay_the_same(make):
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
 
 
-def test_quantized_activations_cost_less_on_other_images():
+@pytest.mark.parametrize("protocol", ["edges-8bit", "all-low-bit", "integer"])
+def test_quantized_activations_cost_less_on_other_images(protocol):
     teacher = uneven()
     x = smooth_images(256, seed=9)
     with torch.no_grad():
         wanted = teacher(x)
     costs = []
     for steps in (0, 150):
-        network, placement, found = learned_on(teacher, steps)
+        network, placement, found = learned_on(teacher, steps, protocol=protocol)
         rescale(network, found.factors)
         costs.append(divergence(network, placement, found.grids, x, wanted))
     assert costs[1] < 0.7 * costs[0]
+
+
+@pytest.mark.parametrize("protocol", ["edges-8bit", "all-low-bit", "integer"])
+@pytest.mark.parametrize("make", [Residual, Inverted, Concat])
+def test_what_learns_is_the_rescaled_network(make, protocol, monkeypatch):
+    """Factors on the quantizers, whatever they are, are worth what they are in the weights."""
+    seen = []
+
+    def draw(network, student, images, steps, context):
+        for name, parameter in student.named_parameters():
+            if name.endswith("logarithms"):
+                parameter.data = torch.randn(parameter.shape).mul(0.5)
+        seen.append(student)
+
+    monkeypatch.setattr(equalizing, "_learn", draw)
+    network, placement, found = learned_on(uneven(make), 1, protocol=protocol)
+    rescale(network, found.factors)
+    x = smooth_images(16, seed=7)
+    with torch.no_grad():
+        after = quantized(network, placement, found.grids)(x)
+        torch.testing.assert_close(after, seen[0](x), atol=1e-4, rtol=1e-3)
 
 
 def test_no_step_changes_nothing():

@@ -118,8 +118,9 @@ def learn_equalization(
     student = _with_quantizers(network, placement, images, settings, context)
     quantizers = {name: _quantizer(student, name) for name in placement.activations}
     logarithms = _share_logarithms(student, network)
-    with seeded(context.seed, "equalization"):
-        _learn(float_network, student, images, steps, context)
+    if quantizers:
+        with seeded(context.seed, "equalization"):
+            _learn(float_network, student, images, steps, context)
     found = Equalization(
         {name: (-learned.detach()).exp().cpu() for name, learned in logarithms.items()},
         {name: quantizer.cpu().grid() for name, quantizer in quantizers.items()},
@@ -161,7 +162,8 @@ def _share_logarithms(student: GraphModule, network: GraphModule) -> dict[str, n
     holders = student.quantizers
     assert isinstance(holders, nn.Module)
     for stream in find_streams(network):
-        names = [node.name for node in stream.tensors if node.name in holders._modules]
+        carriers = (*stream.writers, *stream.tensors)  # protocol `integer` quantizes both
+        names = [node.name for node in carriers if node.name in holders._modules]
         if not names:
             continue
         device = _quantizer(student, names[0]).raw_scale.device
