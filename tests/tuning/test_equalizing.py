@@ -95,7 +95,7 @@ def test_what_learns_is_the_rescaled_network(make, protocol, monkeypatch):
     """Factors on the quantizers, whatever they are, are worth what they are in the weights."""
     seen = []
 
-    def draw(network, student, images, steps, context):
+    def draw(student, images, wanted, steps, context):
         for name, parameter in student.named_parameters():
             if name.endswith("logarithms"):
                 parameter.data = torch.randn(parameter.shape).mul(0.5)

@@ -113,14 +113,12 @@ def learn_equalization(
     saved = context.checkpoints.load("equalization")
     if saved is not None:
         return Equalization.from_tensors(saved)
-    policy = context.policy
-    float_network = policy.placed_copy(network).requires_grad_(False)
     student = _with_quantizers(network, placement, images, settings, context)
     quantizers = {name: _quantizer(student, name) for name in placement.activations}
     logarithms = _share_logarithms(student, network)
     if quantizers:
         with seeded(context.seed, "equalization"):
-            _learn(float_network, student, images, steps, context)
+            _learn(student, images, _predictions(network, images, context), steps, context)
     found = Equalization(
         {name: (-learned.detach()).exp().cpu() for name, learned in logarithms.items()},
         {name: quantizer.cpu().grid() for name, quantizer in quantizers.items()},
@@ -174,8 +172,27 @@ def _share_logarithms(student: GraphModule, network: GraphModule) -> dict[str, n
     return found
 
 
+@torch.no_grad()
+def _predictions(network: GraphModule, images: Tensor, context: Context) -> Tensor:
+    """Return the float network's logits of all images, (N, classes), on the CPU."""
+    placed = context.policy.placed_copy(network)
+    found = []
+    for part in _slices(images):
+        with context.policy.autocast():
+            found.append(placed(_on_device(part, context)).float().cpu())
+    return torch.cat(found)
+
+
+def _slices(images: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(images, max(1, PIXELS // math.prod(images.shape[2:])))
+
+
+def _on_device(images: Tensor, context: Context) -> Tensor:
+    return images.to(context.policy.device).contiguous(memory_format=torch.channels_last)
+
+
 def _learn(
-    network: GraphModule, student: GraphModule, images: Tensor, steps: int, context: Context
+    student: GraphModule, images: Tensor, wanted: Tensor, steps: int, context: Context
 ) -> None:
     learned = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=RATE)
@@ -183,29 +200,24 @@ def _learn(
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = RATE * cosine(step, steps)
             optimizer.zero_grad()
-            loss = _backward(network, student, images[_draw(len(images))], context)
+            chosen = torch.randperm(len(images))[:BATCH]
+            loss = _backward(student, images[chosen], wanted[chosen], context)
             optimizer.step()
             if step % RECORD_EVERY == 0 or step == steps - 1:
                 _record(context, loss, step)
             task.advance(1, loss=loss)
 
 
-def _draw(count: int) -> Tensor:
-    return torch.randperm(count)[:BATCH]
-
-
-def _backward(
-    network: GraphModule, student: GraphModule, batch: Tensor, context: Context
-) -> Tensor:
+def _backward(student: GraphModule, batch: Tensor, wanted: Tensor, context: Context) -> Tensor:
     """Add up the gradients of a batch, a slice at a time; return its mean divergence."""
+    parts = _slices(batch)
+    targets = torch.split(wanted, len(parts[0]))
     total = torch.zeros((), device=context.policy.device)
-    for part in torch.split(batch, max(1, PIXELS // math.prod(batch.shape[2:]))):
-        x = part.to(context.policy.device).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), context.policy.autocast():
-            wanted = network(x)
+    for part, target in zip(parts, targets, strict=True):
         with context.policy.autocast():
-            given = student(x)
-        loss = kl_divergence(given, wanted, TEMPERATURE, "sample") * (len(part) / len(batch))
+            given = student(_on_device(part, context))
+        loss = kl_divergence(given, target.to(given.device), TEMPERATURE, "sample")
+        loss = loss * (len(part) / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
