@@ -11,11 +11,23 @@ from torch import Tensor
 from zsq.errors import RunError
 from zsq.runtime.context import Context
 
+#: What to do about a term that is no number, where the stage has no better advice.
+LOWER_THE_RATE = "Lower synthesis.lr or tuning.lr with --set, or try --precision fp32."
+
 
 def record_terms(
-    context: Context, stage: str, step: int, terms: dict[str, Tensor], **values: object
-) -> None:
+    context: Context, stage: str, step: int, terms: dict[str, Tensor], *,
+    advice: str = LOWER_THE_RATE, **values: object,
+) -> None:  # fmt: skip
     """Record loss terms with one read of the device; stop at NaN.
+
+    Args:
+        context: of the stage.
+        stage: its name in the records.
+        step: of the stage.
+        terms: scalars by name.
+        advice: what to do about a term that is no number.
+        values: recorded beside them.
 
     Raises:
         RunError: a term is not finite.
@@ -25,7 +37,6 @@ def record_terms(
     for name, value in zip(names, read, strict=True):
         if not math.isfinite(value):
             raise RunError(
-                f"the loss term {name!r} became {value} at or before step {step} of {stage}. Lower "
-                "synthesis.lr or tuning.lr with --set, or try --precision fp32."
+                f"the loss term {name!r} became {value} at or before step {step} of {stage}. {advice}"
             )
     context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ at a logit even where all choices are alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
-from zsq.errors import RunError
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
+from zsq.runtime.terms import record_terms
 from zsq.synthesis.architecture import CROSSES, OPERATIONS, UPS, Architecture, Cell
 from zsq.synthesis.autorecon import AutoReconGenerator, Edge
 from zsq.synthesis.labels import plain_labels
@@ -34,6 +33,9 @@ from zsq.teacher.teacher import Teacher
 
 #: Steps between two records of the loss, and between two looks for NaN.
 RECORD_EVERY = 50
+ADVICE = (
+    "Use the published one with --set synthesis.architecture=published, or try --precision fp32."
+)
 _BLANK = Cell(("N", "N"), ("s",) * 5, ("0",) * 6)
 
 
@@ -188,7 +190,7 @@ def search_architecture(
             for step in range(settings.steps):
                 loss = search.step(step)
                 if step % RECORD_EVERY == 0 or step == settings.steps - 1:
-                    _record(context, step, loss)
+                    record_terms(context, "search", step, {"loss": loss}, advice=ADVICE)
                 task.advance(1, loss=loss)
         return search.network.best()
 
@@ -230,13 +232,3 @@ class _Search:
         loss.backward()  # type: ignore[no-untyped-call]
         rule.step()
         return loss.detach()
-
-
-def _record(context: Context, step: int, loss: Tensor) -> None:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise RunError(
-            f"the loss of the architecture search became {value} at or before step {step}. Use the published "
-            "one with --set synthesis.architecture=published, or try --precision fp32."
-        )
-    context.record("search", step, loss=value)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from zsq.errors import RunError
 from zsq.functional.affine import Grid
 from zsq.functional.losses import kl_divergence
 from zsq.functional.schedules import cosine
@@ -27,6 +26,7 @@ from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers
 from zsq.quantizers.protocol import Placement
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
+from zsq.runtime.terms import record_terms
 from zsq.settings.tuning import Calibration
 from zsq.teacher.equalize import find_streams
 
@@ -36,6 +36,7 @@ BATCH, RATE, TEMPERATURE = 64, 1e-2, 4.0
 PIXELS = 1 << 18
 #: Steps between two records, and so between two looks for NaN.
 RECORD_EVERY = 50
+ADVICE = "Check the images for outliers, or leave the step out with --set tuning.equalize_steps=0."
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Equalization:
         scales, zero_points = named("scale"), named("zero_point")
         return cls(
             named("factors"),
-            {n: Grid(s, zero_points[n], torch.zeros(())) for n, s in scales.items()},
+            {n: Grid(s, zero_points[n], torch.full_like(s, torch.nan)) for n, s in scales.items()},
         )
 
 
@@ -132,7 +133,7 @@ def _with_quantizers(
     network: GraphModule, placement: Placement, images: Tensor, settings: Calibration, context: Context
 ) -> GraphModule:  # fmt: skip
     """Return a copy of the network with calibrated activation quantizers, and float weights."""
-    student = context.policy.place(copy_network(network).requires_grad_(False))
+    student = copy_network(network).requires_grad_(False)
     insert_quantizers(student, placement, ActivationQuantizer)
     context.policy.place(student)
     quantizers = {name: _quantizer(student, name) for name in placement.activations}
@@ -204,7 +205,7 @@ def _learn(
             loss = _backward(student, images[chosen], wanted[chosen], context)
             optimizer.step()
             if step % RECORD_EVERY == 0 or step == steps - 1:
-                _record(context, loss, step)
+                record_terms(context, "equalization", step, {"loss": loss}, advice=ADVICE)
             task.advance(1, loss=loss)
 
 
@@ -221,13 +222,3 @@ def _backward(student: GraphModule, batch: Tensor, wanted: Tensor, context: Cont
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
-
-
-def _record(context: Context, loss: Tensor, step: int) -> None:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise RunError(
-            f"the divergence that channels are equalized by became {value} at or before step {step}. Check "
-            "the images for outliers, or leave the step out with --set equalize_steps=0."
-        )
-    context.record("equalization", step, loss=value)
