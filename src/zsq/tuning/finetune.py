@@ -15,6 +15,7 @@ before anything is decided, so that every process takes the same step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,7 +224,7 @@ class FineTuner:
 
     def _record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Record loss terms and, once the student learns, what happened to each layer's integers."""
-        layers: dict[str, object] = {}
+        layers: dict[str, Any] = {}
         if self.context.metrics is not None and step >= self.source.warmup:
             names, rule = self.weight_rule.names, self.weight_rule
             layers["changed"] = self.changed
