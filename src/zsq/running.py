@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
+from zsq.runtime.files import atomic_write
 from zsq.runtime.metrics import MetricsLog
 from zsq.runtime.progress import Reporter
 from zsq.stages import Images, choose_images, learns_together, produce, tuned
@@ -188,10 +190,11 @@ def _save_student(folder: RunFolder | None, student: Student) -> None:
 
 
 def _keep_for_analysis(folder: RunFolder) -> None:
-    """Move what is looked at later out of the checkpoints, which end with the run."""
+    """Take what is looked at later out of the checkpoints, which end with the run."""
     learned = folder.file("checkpoints") / "equalization.safetensors"
-    if learned.exists():
-        learned.replace(folder.file(learned.name))
+    if learned.exists():  # a copy: until the student is saved, a resumed run needs it too
+        with atomic_write(folder.file(learned.name)) as temporary:
+            shutil.copyfile(learned, temporary)
     for snapshot in sorted(folder.file("checkpoints").glob("path_*.safetensors")):
         folder.file("path").mkdir(exist_ok=True)
         snapshot.replace(folder.file("path") / snapshot.name)

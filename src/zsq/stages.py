@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -130,9 +129,7 @@ def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context
         calibrate_student(student, pixels, rule=settings.ranges)
         for quantizer in student.quantizers().values():
             if quantizer.bits == 8:
-                quantizer.set_grid(
-                    replace(quantizer.grid(), scale=quantizer.scale * settings.margin)
-                )
+                quantizer.stretch(settings.margin)
         return student.freeze()
 
     def fixed(steps: int) -> FixedImages:

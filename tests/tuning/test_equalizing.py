@@ -7,6 +7,7 @@ from helpers.networks import Concat, Inverted, Residual, smooth_images, with_own
 from helpers.students import SHAPE, labelled_images, recipe, teacher_of
 
 import zsq
+from zsq import running
 from zsq.analysis.runs import diagnose, kept_in
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
@@ -235,3 +236,19 @@ def test_a_run_keeps_what_it_learned_for_its_analysis(tmp_path, monkeypatch):
         rounded, weight = layer.weight(), ready.network.get_submodule(path).weight
         assert float((rounded - weight).abs().max()) < 0.5 * float(weight.abs().max()), path
     assert diagnose(tmp_path / "run", images=4).to_dict()
+
+
+def test_a_run_that_dies_before_its_student_is_saved_does_not_learn_again(tmp_path, monkeypatch):
+    """Its blocks were tuned on these factors, so others would not fit them."""
+    request = {
+        "settings": ["synthesis.images=8", "synthesis.batch=8", "synthesis.steps=2", "tuning.steps=3"],
+        "input_shape": SHAPE, "out": tmp_path / "run", "report": False, "compile": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    network = with_own_statistics(Residual())
+    with monkeypatch.context() as dying:
+        dying.setattr(running, "save_student", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            zsq.quantize(network, "genie", **request)
+    monkeypatch.setattr(equalizing, "_learn", None)
+    assert zsq.quantize(network, "genie", resume=True, **request).quantizers()

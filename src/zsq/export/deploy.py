@@ -125,9 +125,8 @@ def _extend(integer: Student, facts: Facts, images: Tensor) -> Placement:
     tuning = integer.recipe.tuning
     batches = list(torch.split(images[: tuning.calibration_images], _BATCH))
     calibrate(integer.network, new, batches, power=tuning.power, asymmetric=tuning.asymmetric)
-    with torch.no_grad():
-        for quantizer in new.values():
-            quantizer.raw_scale.mul_(tuning.edge_margin)
+    for quantizer in new.values():
+        quantizer.stretch(tuning.edge_margin)
     _cover_pixels(integer, new)
     for quantizer in new.values():
         quantizer.settle()

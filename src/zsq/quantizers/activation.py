@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,12 @@ class ActivationQuantizer(nn.Module):
         return Grid(
             self.scale.clone(), self.zero_point.clone(), torch.full_like(self.scale, torch.nan)
         )
+
+    @torch.no_grad()
+    def stretch(self, factor: float) -> None:
+        """Make the range, and so the step, wider by a factor; the zero point stays."""
+        grid = self.grid()
+        self.set_grid(replace(grid, scale=grid.scale * factor))
 
     @torch.no_grad()
     def settle(self) -> None:
