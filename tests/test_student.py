@@ -6,6 +6,7 @@ from helpers.students import SHAPE, recipe, same_weights, teacher_of
 
 from zsq.config import Override
 from zsq.errors import UsageError
+from zsq.functional.affine import Grid
 from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight
 from zsq.student import attach, calibrate_student, prepared_network
 from zsq.teacher.layers import BatchNorm
@@ -111,6 +112,16 @@ def test_calibration_switches_on_what_has_no_step_and_leaves_the_rest(teacher):
     assert all(bool(q.calibrated) and q.enabled for q in student.quantizers().values())
     calibrate_student(student, 5 * smooth_images(8))
     assert all(torch.equal(q.scale, before[n]) for n, q in student.quantizers().items())
+
+
+def test_calibration_switches_on_a_quantizer_whose_step_was_given(teacher):
+    student = attach(teacher, recipe("tuning.steps=0"))
+    name, given = next(iter(student.quantizers().items()))
+    given.set_grid(Grid(torch.tensor(0.3), torch.tensor(0.0), torch.tensor(0.0)))
+    given.enabled = False
+    calibrate_student(student, smooth_images(8))
+    assert given.enabled
+    assert float(student.quantizer(name).scale.detach()) == pytest.approx(0.3)
 
 
 def test_calibration_looks_at_as_many_images_as_the_recipe_says(teacher):

@@ -148,7 +148,7 @@ def calibrate_student(
     """Give every activation quantizer that has none a step from ``images``, in one pass.
 
     Args:
-        student: its uncalibrated quantizers are calibrated and switched on.
+        student: its uncalibrated quantizers are calibrated; all are switched on.
         images: (N, C, H, W), normalised.
         batch: images per pass.
         rule: how ranges are chosen.
@@ -168,5 +168,5 @@ def calibrate_student(
         student.network, names, batches, power=tuning.power, asymmetric=tuning.asymmetric, rule=rule,
         percentile=tuning.percentile,
     )  # fmt: skip
-    for quantizer in names.values():
+    for quantizer in student.quantizers().values():
         quantizer.enabled = True
