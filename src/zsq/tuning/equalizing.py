@@ -31,7 +31,7 @@ from zsq.settings.tuning import Calibration
 from zsq.teacher.equalize import find_streams
 
 #: Images per step, rate of the logarithms under Adam (with a cosine to 0), temperature of the predictions.
-BATCH, RATE, TEMPERATURE = 32, 1e-2, 4.0
+BATCH, RATE, TEMPERATURE = 64, 1e-2, 4.0
 #: Pixels that go through the network at a time: a step's images in slices, so that it fits in memory.
 PIXELS = 1 << 18
 #: Steps between two records, and so between two looks for NaN.
