@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.networks import Inverted, Net, Residual, conv
+from helpers.networks import Inverted, Net, Residual, SplitAttention, conv
 from helpers.students import SHAPE, image_set, teacher_of, tuned
 from torch import nn
 
@@ -33,7 +33,7 @@ def logits(path, images):
     return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
 
-@pytest.mark.parametrize("make", [Residual, Inverted])
+@pytest.mark.parametrize("make", [Residual, Inverted, SplitAttention])
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w2a4"])
 @pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])
 def test_the_file_computes_what_the_simulation_does_in_integers(tmp_path, make, bits, protocol):

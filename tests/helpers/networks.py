@@ -126,3 +126,21 @@ class SqueezeExcite(nn.Module):
         x = self.body(self.stem(x).relu()).relu()
         gate = self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
         return self.fc((x * gate).mean((2, 3)))
+
+
+class SplitAttention(nn.Module):
+    """Two branches, weighed against each other channel by channel (selective kernels)."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.width = width
+        self.stem, self.left, self.right = conv(3, 8), conv(8, width), conv(8, width, 1)
+        self.down, self.up = conv(width, 8, 1), conv(8, 2 * width, 1)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        both = torch.stack([self.left(x).relu(), self.right(x).relu()], 1)
+        pooled = both.sum(1).mean((2, 3), keepdim=True)
+        choice = self.up(self.down(pooled).relu()).reshape(-1, 2, self.width).softmax(1)
+        return self.fc((both * choice[..., None, None]).sum(1).mean((2, 3)))

@@ -21,6 +21,7 @@ from zsq.export.naming import name_nodes
 from zsq.export.operators import (
     DeployedLayer,
     DeployedQuantizer,
+    Translations,
     global_average_pool,
     stored_bits,
     translations,
@@ -60,7 +61,7 @@ def write_integer(student: Student, path: Path | str) -> None:
         RunError: the exporter cannot express the network, or lost a quantizer on the way.
     """
     network = deployed_network(student)
-    program = _export(network, student.info.input_shape)
+    program = _export(network, student.info.input_shape, translations())
     _check_quantizers(network, program.model)
     narrow = {
         f"{path}.weight_quantized" for path, layer in student.layers().items()
@@ -83,7 +84,7 @@ def export_float(network: GraphModule, path: Path | str, input_shape: tuple[int,
     Raises:
         RunError: the exporter cannot express the network.
     """
-    _save(_export(copy_network(network).cpu(), input_shape).model, path)
+    _save(_export(copy_network(network).cpu(), input_shape, {}).model, path)
 
 
 def deployed_network(student: Student) -> GraphModule:
@@ -132,14 +133,16 @@ def _requantized(network: GraphModule) -> set[str]:
     return found
 
 
-def _export(network: GraphModule, input_shape: tuple[int, ...]) -> torch.onnx.ONNXProgram:
+def _export(
+    network: GraphModule, input_shape: tuple[int, ...], table: Translations
+) -> torch.onnx.ONNXProgram:
     images = torch.zeros(2, *input_shape)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network, (images,), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=[INPUT], output_names=[LOGITS], dynamic_shapes=({0: "batch"},),
-                custom_translation_table=translations(),
+                custom_translation_table=table,
             )  # fmt: skip
     except Exception as error:
         cause = error.__cause__ or error

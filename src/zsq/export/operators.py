@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of a deployed network: how quantization is said to ``torch.onnx.export``.
 
-Arithmetic written with ``round`` and ``clamp`` would be exported as arithmetic. These three opaque
+Arithmetic written with ``round`` and ``clamp`` would be exported as arithmetic. The opaque
 operators keep its meaning, and each has a translation into standard ONNX operators.
 """
 
@@ -20,6 +20,9 @@ from zsq.functional.affine import dequantize, per_channel, quantize
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.teacher.layers import resolve_operator
+
+#: What `torch.onnx.export` is told to write for an operator.
+Translations = dict[Callable[..., Any], Callable[..., Any]]
 
 
 @torch.library.custom_op("zsq::fake_quantize", mutates_args=())
@@ -83,9 +86,21 @@ def _translate_pool(x):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     return op.GlobalAveragePool(x)
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translation of each operator, for ``torch.onnx.export``."""
+def _translate_softmax(x, dim: int, dtype: int = -1):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """Write a softmax by its parts.
+
+    Between quantizers ONNX Runtime computes a whole one from a table, by a rule of its own that differs from
+    rounding the float result by a code in a tenth of all elements. Its parts stay float.
+    """
+    axis: Any = op.Constant(value_ints=[dim])
+    powers = op.Exp(op.Sub(x, op.ReduceMax(x, axis)))
+    return op.Div(powers, op.ReduceSum(powers, axis))
+
+
+def translations() -> Translations:
+    """Return how an integer network's operators are said in ONNX, for ``torch.onnx.export``."""
     return {
+        torch.ops.aten.softmax.int: _translate_softmax,
         torch.ops.zsq.fake_quantize.default: _translate_fake_quantize,
         torch.ops.zsq.dequantize_parameter.default: _translate_parameter,
         torch.ops.zsq.global_average_pool.default: _translate_pool,
