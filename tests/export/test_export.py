@@ -9,7 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.networks import Inverted, Net, Residual, SplitAttention, conv
+from helpers.networks import (
+    DecomposedSplitAttention,
+    Inverted,
+    Net,
+    Residual,
+    SplitAttention,
+    conv,
+)
 from helpers.students import SHAPE, image_set, teacher_of, tuned
 from torch import nn
 
@@ -46,6 +53,15 @@ def test_the_file_computes_what_the_simulation_does_in_integers(tmp_path, make, 
     assert (ours.argmax(1) == theirs.argmax(1)).all()
     assert report.fused == report.convs > 0
     assert report.fused_matmuls == report.matmuls == 1
+    assert report.agreement == 100
+
+
+@pytest.mark.parametrize("make", [SplitAttention, DecomposedSplitAttention])
+def test_a_softmax_is_written_by_its_parts(tmp_path, make):
+    report, _ = exported(make, tmp_path / "n.onnx")
+    written = {node.op_type for node in onnx.load(tmp_path / "n.onnx").graph.node}
+    assert "Exp" in written
+    assert "Softmax" not in written
     assert report.agreement == 100
 
 

@@ -86,7 +86,7 @@ def _translate_pool(x):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     return op.GlobalAveragePool(x)
 
 
-def _translate_softmax(x, dim: int, dtype: int = -1):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _translate_softmax(x, dim: int, _: int = -1):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     """Write a softmax by its parts.
 
     Between quantizers ONNX Runtime computes a whole one from a table, by a rule of its own that differs from
@@ -101,6 +101,7 @@ def translations() -> Translations:
     """Return how an integer network's operators are said in ONNX, for ``torch.onnx.export``."""
     return {
         torch.ops.aten.softmax.int: _translate_softmax,
+        torch.ops.aten._softmax.default: _translate_softmax,
         torch.ops.zsq.fake_quantize.default: _translate_fake_quantize,
         torch.ops.zsq.dequantize_parameter.default: _translate_parameter,
         torch.ops.zsq.global_average_pool.default: _translate_pool,
