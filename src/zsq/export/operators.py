@@ -86,11 +86,12 @@ def _translate_pool(x):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     return op.GlobalAveragePool(x)
 
 
-def _translate_softmax(x, dim: int, _: int = -1):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _translate_softmax(x, dim: int, _dtype: int = -1):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     """Write a softmax by its parts.
 
     Between quantizers ONNX Runtime computes a whole one from a table, by a rule of its own that differs from
-    rounding the float result by a code in a tenth of all elements. Its parts stay float.
+    rounding the float result by a code in a tenth of all elements. Its parts stay float32, as everything
+    here, whatever type is asked for.
     """
     axis: Any = op.Constant(value_ints=[dim])
     powers = op.Exp(op.Sub(x, op.ReduceMax(x, axis)))
