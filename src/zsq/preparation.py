@@ -38,25 +38,32 @@ def prepared(
             return teacher, {}
         return equalized(teacher, None, recipe.equalize, fold=False), {}
     fold = recipe.fold_batch_norm or recipe.protocol == "integer"
+    tuning = reconstruction_of(recipe)
     steps = equalization_steps(recipe)
     if not (fold or recipe.equalize or steps):
         return teacher, {}
     sample = images.images[: recipe.tuning.calibration_images]
     ready = equalized(teacher, sample, recipe.equalize, fold=fold)
-    if not steps or context is None:
+    if not steps or context is None or tuning is None:
         return ready, {}
     placement = place(ready.network, recipe.protocol, recipe.bits, recipe.overrides)
-    learned = learn_equalization(
-        ready.network, placement, images.images, steps, recipe.tuning, context
-    )
+    learned = learn_equalization(ready.network, placement, images.images, steps, tuning, context)
     rescale(ready.network, learned.factors)
     return ready, learned.grids
 
 
+def reconstruction_of(recipe: Recipe) -> Reconstruction | None:
+    """Return how a recipe reconstructs blocks, as all of its tuning or to begin with, or None."""
+    tuning = recipe.tuning
+    if isinstance(tuning, Finetuning):
+        return tuning.start
+    return tuning if isinstance(tuning, Reconstruction) else None
+
+
 def equalization_steps(recipe: Recipe) -> int:
     """Return for how many steps a recipe learns how to equalize: no more than it tunes a unit for."""
-    tuning = recipe.tuning
-    if not isinstance(tuning, Reconstruction) or recipe.bits.activations >= 8:
+    tuning = reconstruction_of(recipe)
+    if tuning is None or recipe.bits.activations >= 8:
         return 0  # at 8 bits there is nothing to gain
     return min(tuning.equalize_steps, tuning.steps)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every loop, measured on a tiny network."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,21 @@ def test_blocks_add_up_to_the_network(found, job):
     # forward and the weights' gradients everywhere, the inputs' behind each block's first layer
     assert 2 * 2 * macs * BATCH < row["flops"] < 3 * 2 * macs * BATCH
     assert row["schedule_seconds"] == pytest.approx(20000 * row["seconds"])
+
+
+@pytest.mark.parametrize("compiled", [0.02, 0.001])
+def test_bare_passes_are_compiled_or_eager_whichever_is_faster(request_, monkeypatch, compiled):
+    def bare(policy, images, compile):
+        return lambda: time.sleep(compiled if compile else 0.008)
+
+    def loop(job):
+        for part in LOOPS["pixels"](job):
+            yield replace(part, compiled=True, bare=bare)
+
+    monkeypatch.setitem(LOOPS, "sleepy", loop)
+    monkeypatch.setitem(SIDES, "cpu", 512)
+    row = measure(replace(request_, loop="sleepy"), print)
+    assert row["bare"]["seconds"] == pytest.approx(min(compiled, 0.008), abs=0.004)
 
 
 class EnoughSeenError(Exception):

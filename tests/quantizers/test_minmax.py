@@ -6,6 +6,7 @@ import torch
 
 from zsq.functional.affine import dequantize, quant_max, quantize
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation, minmax_grid, straight_through
+from zsq.quantizers.weight import SoftRoundWeight
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -37,6 +38,31 @@ def test_the_gradient_passes_straight_through_and_the_grid_follows():
     with torch.no_grad():
         found.master.mul_(2)
     assert torch.allclose(found.scale, 2 * before)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_tuned_weight_is_gone_on_from(bits):
+    """Its integers and its grid; a master that rounds to them already stays where it is."""
+    weight = torch.randn(6, 3, 3, 3)
+    tuned = SoftRoundWeight(weight, bits)
+    with torch.no_grad():
+        tuned.rounding.neg_()  # against the nearest integer, everywhere
+        tuned.rounding[:3].neg_()
+    tuned = tuned.freeze()
+    found = MinMaxWeight(weight, bits)
+    found.go_on_from(tuned)
+    assert torch.equal(found.codes(), tuned.codes())
+    assert torch.equal(found.scale, tuned.scale)
+    assert torch.equal(found.zero_point, tuned.zero_point)
+    assert torch.allclose(found(), tuned())
+    distance = found.master.detach() / tuned.scale.view(-1, 1, 1, 1)
+    distance = distance + tuned.zero_point.view(-1, 1, 1, 1) - tuned.codes()
+    assert float(distance.abs().max()) <= 0.4 + 1e-4
+    near = (weight - tuned()).abs() <= 0.4 * tuned.scale.view(-1, 1, 1, 1)
+    assert torch.allclose(found.master[near], weight[near])
+    with torch.no_grad():
+        found.master.mul_(3)
+    assert torch.equal(found.scale, tuned.scale)
 
 
 def test_frozen_weights_are_equal():

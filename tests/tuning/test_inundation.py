@@ -7,6 +7,7 @@ import torch
 from zsq.functional.affine import quant_max, quantize
 from zsq.functional.crossing import crossing_multipliers
 from zsq.quantizers.minmax import MinMaxWeight, minmax_grid
+from zsq.quantizers.weight import round_to_nearest
 from zsq.runtime.policy import Compiled
 from zsq.tuning.inundation import InundatedSGD, search_multiplier
 
@@ -255,3 +256,27 @@ def test_the_grid_of_a_group_is_each_layers_own():
     scale, _ = minmax_grid(torch.cat([found["layer0"].master, found["layer1"].master]), 4)
     own = torch.cat([found["layer0"].scale, found["layer1"].scale])
     assert torch.equal(scale, own)
+
+
+def test_on_a_grid_that_stands_still_both_counts_are_one():
+    """What is counted before the step is what changes, and the published search finds the same."""
+    torch.manual_seed(0)
+    shares = {}
+    for grid in ("frozen", "moving"):
+        layers = {name: MinMaxWeight(torch.randn(64, 32, 3, 3), 3) for name in ("a", "b")}
+        for number, layer in enumerate(layers.values()):
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                layer.master.copy_(torch.randn(64, 32, 3, 3, generator=generator))
+            tuned = round_to_nearest(layer.master.detach(), 3)
+            layer.go_on_from(tuned)
+            layer.master.grad = torch.randn(64, 32, 3, 3, generator=generator) * 1e-3
+        before = {name: layer.codes() for name, layer in layers.items()}
+        rule = InundatedSGD(layers, grid=grid)
+        rule.step(1e-3, target=1e-2)
+        shares[grid] = [
+            float((layer.codes() != before[name]).float().mean()) for name, layer in layers.items()
+        ]
+        assert shares[grid] == pytest.approx(rule.shares.tolist())
+        assert min(shares[grid]) >= 1e-2
+    assert shares["moving"] == pytest.approx(shares["frozen"], rel=0.1)

@@ -2,8 +2,9 @@
 """What is measured: a loop, in one or more parts, with the rivals of each part.
 
 The *bare cost* of a step is its forward and backward passes and nothing else: the same networks,
-precision, memory format and compilation as the loop, a frozen teacher where the loop's is frozen, a
-square of the outputs for a loss, no statistics, no quantizers, no optimiser.
+precision and memory format as the loop, compiled where the loop is, unless that is slower, a frozen
+teacher where the loop's is frozen, a square of the outputs for a loss, no statistics, no quantizers, no
+optimiser.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Part:
     def bare_step(self) -> Step:
         """Return the bare passes of a step, computed as the loop computes."""
         return self.bare(self.policy, self.batch, self.compiled)
+
+    def eager_bare_step(self) -> Step:
+        """Return the same without compilation."""
+        return self.bare(self.policy, self.batch, False)
 
     def counted_step(self) -> Step:
         """Return the bare passes on `COUNTED_IMAGES` images, eager, on the CPU, in float32."""

@@ -2,7 +2,8 @@
 """Min-max quantizers: what fine-tuning learns through (protocol ``all-low-bit``).
 
 Weights keep a float master whose grid spans each output channel's minimum and maximum and moves
-with them; activations get the running range of a warm-up, frozen afterwards. Gradients pass straight
+with them, unless they start from a tuned weight and keep its grid; activations get the running range of
+a warm-up, frozen afterwards. Gradients pass straight
 through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and its descendants, whose
 ranges clamp next to nothing. For narrower ranges activations can stop them there.
 """
@@ -20,6 +21,10 @@ from zsq.quantizers.weight import FrozenWeight
 
 Rounding = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 """x, scale, zero point, largest and smallest code -> x on the grid"""
+
+
+#: How far from its integer, in steps, a master may lie that goes on from a tuned weight; 0.5 is the threshold.
+REACH = 0.4
 
 
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, high: int, low: int) -> Tensor:
@@ -95,10 +100,13 @@ class MinMaxWeight(nn.Module):
 
     Attributes:
         master: the learned weight.
+        given: scale and zero point, (2, C), of a weight that was tuned before (`go_on_from`); None for the
+            grid of the master's own minimum and maximum.
         held: the rounded weight that all passes share, while there is one
             (`zsq.tuning.promotion.rounded_once`).
     """
 
+    given: Tensor | None
     held: Tensor | None
 
     def __init__(self, weight: Tensor, bits: int) -> None:
@@ -106,11 +114,34 @@ class MinMaxWeight(nn.Module):
         self.held = None
         self.bits = bits
         self.master = nn.Parameter(weight.detach().clone())
+        self.register_buffer("given", None)
 
     @torch.no_grad()
+    def go_on_from(self, tuned: FrozenWeight) -> None:
+        """Begin with the integers of a tuned weight, on its grid, which stands still from then on.
+
+        The master moves no further than to within `REACH` steps of its integer: those that were rounded
+        against their value are the first to change when learning says so.
+
+        Args:
+            tuned: of the master's shape and bits.
+        """
+        self.given = torch.stack([tuned.scale, tuned.zero_point]).to(self.master.device)
+        scale, zero_point = (per_channel(each, self.master) for each in self.given)
+        codes = tuned.codes().to(self.master)
+        position = (self.master / scale + zero_point).clamp(codes - REACH, codes + REACH)
+        self.master.copy_((position - zero_point) * scale)
+
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of the current master weight, each (C,)."""
-        return minmax_grid(self.master, self.bits)
+        return self.grid_of(self.master)
+
+    @torch.no_grad()
+    def grid_of(self, master: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point that another master weight would have, each (C,)."""
+        if self.given is not None:
+            return self.given[0], self.given[1]
+        return minmax_grid(master, self.bits)
 
     @property
     def scale(self) -> Tensor:

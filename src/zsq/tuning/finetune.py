@@ -3,10 +3,11 @@
 
 The images may come from a generator that is itself learning (GDFQ, Qimera, AutoReCon) or from a
 fixed set. First a warm-up, in which only the source moves; its last steps track the ranges of
-activations, which are frozen then. From there on master weights, biases, gamma and beta learn by
-SGD through the rounding (straight-through), while batch norms keep the teacher's statistics. With
-`inundation` in the recipe the step of every weight tensor is scaled until enough of its integers
-change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
+activations, which are frozen then. Or, with `start` in the recipe, weights and ranges are reconstructed
+from the source's images at its end (`zsq.tuning.starting`). From there on master weights, biases,
+gamma and beta learn by SGD through the rounding (straight-through), while batch norms keep the
+teacher's statistics. With `inundation` in the recipe the step of every weight tensor is scaled until
+enough of its integers change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
 
 The processes of a group share every batch. Ranges are widened to all of it and gradients are summed
 before anything is decided, so that every process takes the same step.
@@ -45,6 +46,7 @@ from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
 from zsq.tuning.ranges import freeze_ranges, tracked_steps, tracking
+from zsq.tuning.starting import begin_with_reconstruction
 from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
@@ -114,7 +116,7 @@ class FineTuner:
         self, teacher: Teacher, student: Student, source: ImageSource, settings: Finetuning,
         context: Context,
     ) -> None:  # fmt: skip
-        self.student, self.source = student, source
+        self.teacher, self.student, self.source = teacher, student, source
         self.settings, self.context = settings, context
         context.policy.place(student.network)
         self.total = source.warmup + settings.steps
@@ -154,8 +156,11 @@ class FineTuner:
         recorded = step % RECORD_EVERY == 0 or step == self.total - 1
         batch = self.source.next(factor)
         if step < self.source.warmup:
-            self._warm_up(batch, step)
             terms: dict[str, Tensor] = {}
+            if self.settings.start is None:
+                self._set_ranges(batch, step)
+            elif step == self.source.warmup - 1:
+                self._start()
         else:
             measure = recorded and self.context.metrics is not None
             terms = self._learn(batch, step - self.source.warmup, factor, measure=measure)
@@ -165,8 +170,14 @@ class FineTuner:
             self._record(step, self.context.group.mean(batch.terms | terms, batch.share))
         return next(iter((terms | batch.terms).values()), torch.zeros(()))
 
+    def _start(self) -> None:
+        """Reconstruct from the source's images; the student begins where that ends."""
+        images = self.source.draw(self.student.recipe.synthesis.images)
+        begin_with_reconstruction(self.teacher, self.student, images, self.context)
+        self.watch = IntegerWatch(self.weights)
+
     @torch.no_grad()
-    def _warm_up(self, batch: Batch, step: int) -> None:
+    def _set_ranges(self, batch: Batch, step: int) -> None:
         """Track ranges in some steps of the warm-up; freeze them in the last of those."""
         steps = tracked_steps(self.settings, self.source.warmup)
         if step in steps:
@@ -247,6 +258,7 @@ class FineTuner:
             "source": self.source.state(), "rule": self.weight_rule.state_dict(),
             "random": generator_states(), "watch": self.watch.state(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
+            "grids": {p: w.given for p, w in self.weights.items() if w.given is not None},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
             "average": self.average.state(),
             "ranges": _flat({name: q.state_dict() for name, q in self.ranges.items()}),
@@ -275,6 +287,8 @@ class FineTuner:
         restore_optimizer(self.rest_rule, "sgd", state)
         for path, weight in self.weights.items():
             weight.master.copy_(state[f"weights.{path}"])
+            grid = state.get(f"grids.{path}")
+            weight.given = None if grid is None else grid.to(weight.master.device)
         for i, parameter in enumerate(self.rest):
             parameter.copy_(state[f"rest.{i}"])
         for name, quantizer in self.ranges.items():

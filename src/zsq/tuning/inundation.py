@@ -131,7 +131,10 @@ class InundatedSGD:
         # channels of all tensors follow each other; one tensor alone is not copied
         weight = _joined([_rows(w.master, w.master) for w in members])
         direction = _joined([_rows(d, w.master) for d, w in zip(directions, members, strict=True)])
-        scale, zero_point = minmax_grid(weight, members[0].bits)
+        if members[0].given is None:
+            scale, zero_point = minmax_grid(weight, members[0].bits)
+        else:
+            scale, zero_point = torch.cat([torch.stack(w.grid()) for w in members], dim=1)
         crossings = self.crossings(weight, direction, scale, zero_point, members[0].bits)
         crossings = crossings.reshape(len(group), -1)
         found = crossings.new_ones(len(group))
@@ -195,7 +198,7 @@ def _share_on_moving_grid(weight: MinMaxWeight, direction: Tensor) -> Callable[[
 
     def share(a: float) -> float:
         moved = weight.master - a * direction
-        after = quantize(moved, *minmax_grid(moved, weight.bits), quant_max(weight.bits))
+        after = quantize(moved, *weight.grid_of(moved), quant_max(weight.bits))
         return float((after != before).float().mean())
 
     return share
