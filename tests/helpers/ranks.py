@@ -177,14 +177,19 @@ def learning(group):
     }  # fmt: skip
 
 
-def together(group):
+def together(group, *settings):
     """A generator and a student that learn together, with mixtures of classes and inundation."""
     teacher = teacher_of()
-    chosen = load_recipe("qimera+ait", bits="w4a4", settings=SHORT)
+    chosen = load_recipe("qimera+ait", bits="w4a4", settings=[*SHORT, *settings])
     student, kept = tune_with_generator(
         teacher, attach(teacher, chosen), context=Context(group=group)
     )
     return _weights(student) | {"kept": kept.images}
+
+
+def starting(group):
+    """The same, the student beginning with weights reconstructed from the generator's images."""
+    return together(group, "tuning.start.steps=4", "tuning.start.batch=4", "synthesis.images=8")
 
 
 def _stopped_at(last, save):
@@ -223,7 +228,7 @@ def resumed(group):
 
 
 JOBS = [operations, gradients, genie, hast, intraq, reconstruction, dropping, inundation, promotion,
-        learning, together, resumed]  # fmt: skip
+        learning, together, starting, resumed]  # fmt: skip
 
 
 def alone(job):

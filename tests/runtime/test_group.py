@@ -77,7 +77,7 @@ def test_a_generators_step_is_that_of_one_process(folder):
     close(first, one, 1e-4)
 
 
-@pytest.mark.parametrize("job", [ranks.dropping, ranks.together])
+@pytest.mark.parametrize("job", [ranks.dropping, ranks.together, ranks.starting])
 def test_chance_differs_between_processes_and_results_do_not(folder, job):
     first, second, one = both(folder, job)
     same(first, second)
