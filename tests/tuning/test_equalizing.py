@@ -186,8 +186,11 @@ def test_how_many_steps_are_made(bits, settings, steps):
     assert equalization_steps(recipe(*settings, bits=bits)) == steps
 
 
-def test_recipes_that_train_end_to_end_learn_no_factors():
-    assert equalization_steps(load_recipe("hast", schedule="quick")) == 0
+def test_training_end_to_end_learns_factors_only_for_a_reconstruction_to_begin_with():
+    assert equalization_steps(load_recipe("hast")) == 0
+    assert equalization_steps(load_recipe("hast", schedule="quick")) == 100
+    without = load_recipe("hast", schedule="quick", settings=["tuning.start=null"])
+    assert equalization_steps(without) == 0
 
 
 def test_a_student_starts_from_what_was_learned():

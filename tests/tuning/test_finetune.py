@@ -320,14 +320,17 @@ def test_only_the_recipe_with_narrow_ranges_stops_gradients_where_it_clamps(teac
         assert {q.stop for q in student.quantizers().values()} == {stops}
 
 
-def test_quick_schedules_of_hast_keep_its_rate_and_its_harder_images():
-    ours = load_recipe("hast", bits="w4a4", schedule="quick").tuning
-    theirs = load_recipe("hast-reference", bits="w4a4", schedule="quick").tuning
-    assert (ours.average, theirs.average) == (0.99, 0)
-    assert ours.lr == theirs.lr == 1e-5
-    assert ours.promotion is not None
-    assert theirs.promotion.through_teacher
-    assert (ours.clamped_gradient, theirs.clamped_gradient) == ("stop", "pass")
+def test_quick_schedules_of_hast_keep_its_harder_images_and_only_one_begins_reconstructed():
+    ours = load_recipe("hast", bits="w4a4", schedule="quick")
+    theirs = load_recipe("hast-reference", bits="w4a4", schedule="quick")
+    assert (ours.tuning.average, theirs.tuning.average) == (0.99, 0)
+    assert (ours.equalize, theirs.equalize) == (0.5, 0)
+    assert ours.tuning.start.steps == 500
+    assert theirs.tuning.start is None
+    assert theirs.tuning.lr == load_recipe("hast").tuning.lr == 1e-5
+    assert ours.tuning.promotion is not None
+    assert theirs.tuning.promotion.through_teacher
+    assert (ours.tuning.clamped_gradient, theirs.tuning.clamped_gradient) == ("stop", "pass")
 
 
 def test_nan_stops_with_the_term_and_the_step(teacher):
