@@ -21,7 +21,8 @@ def prepared_teacher(
     Args:
         teacher: stays as it is.
         recipe: one whose generator learns with the student, before there are images, equalizes by the
-            batch norms alone, and keeps them, as the generator learns from them; `attach` folds.
+            batch norms alone, and keeps them, as the generator learns from them; `attach` folds. If its
+            student begins with a reconstruction there are images, and what they teach is added.
         images: give the channels' sizes for the others.
         context: where what is learned is kept, and how it is computed; None learns nothing, which for
             weights alone makes little difference.
@@ -33,16 +34,17 @@ def prepared(
     teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context | None
 ) -> tuple[Teacher, dict[str, Grid]]:
     """Return the teacher as `prepared_teacher` does, and the grids learned for its activations, by name."""
-    if has_a_learning_generator(recipe) or images is None:
+    learns = has_a_learning_generator(recipe)
+    tuning = reconstruction_of(recipe)
+    steps = equalization_steps(recipe)
+    if images is None or (learns and not steps):
         if recipe.equalize == 0:
             return teacher, {}
         return equalized(teacher, None, recipe.equalize, fold=False), {}
     fold = recipe.fold_batch_norm or recipe.protocol == "integer"
-    tuning = reconstruction_of(recipe)
-    steps = equalization_steps(recipe)
     if not (fold or recipe.equalize or steps):
         return teacher, {}
-    sample = images.images[: recipe.tuning.calibration_images]
+    sample = None if learns else images.images[: recipe.tuning.calibration_images]
     ready = equalized(teacher, sample, recipe.equalize, fold=fold)
     if not steps or context is None or tuning is None:
         return ready, {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zsq.config import (
+    Finetuning,
     GeneratorSynthesis,
     MixedSynthesis,
     PixelSynthesis,
@@ -19,7 +21,7 @@ from zsq.config import (
     load_recipe,
 )
 from zsq.evaluation.folder import load_images, open_for
-from zsq.preparation import has_a_learning_generator, prepared, prepared_teacher
+from zsq.preparation import has_a_learning_generator, prepared
 from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
@@ -29,13 +31,15 @@ from zsq.student import Student, attach, calibrate_student, prepared_network
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
-from zsq.synthesis.learner import GeneratorLearner, synthesize_with_generator
+from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.pixels import synthesize_pixels
+from zsq.synthesis.warming import synthesize_with_generator, warmed_generator
 from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
 from zsq.tuning.objective import check_terms
 from zsq.tuning.reconstruct import reconstruct
+from zsq.tuning.starting import begin_with_reconstruction
 
 Images = ImageSet | Tensor | str | Path | None
 
@@ -132,6 +136,9 @@ def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context
                 quantizer.stretch(settings.margin)
         return student.freeze()
 
+    if settings.start is not None:
+        begin_with_reconstruction(teacher, student, images, context)
+
     def fixed(steps: int) -> FixedImages:
         return FixedImages(teacher, images, settings, context)
 
@@ -159,17 +166,37 @@ def tune_with_generator(
         RunError: a loss became NaN.
     """
     context = context or Context()
-    settings = student.recipe.synthesis
+    settings, tuning = student.recipe.synthesis, student.recipe.tuning
     assert isinstance(settings, GeneratorSynthesis)
+    assert isinstance(tuning, Finetuning)
+    context.group.align(student.network)
+    if tuning.start is not None:
+        warmed, images = warmed_generator(original or teacher, settings, context, tuning.steps)
+        return _start_together(teacher, student, warmed, images, context)
 
     def learning(steps: int) -> GeneratorLearner:
         return GeneratorLearner(original or teacher, settings, context, settings.steps + steps)
 
-    context.group.align(student.network)
-    student, source = finetune(teacher, student, learning, context)
+    return _learn_together(teacher, student, learning, context)
+
+
+def _start_together(
+    teacher: Teacher, student: Student, warmed: GeneratorLearner, images: ImageSet, context: Context
+) -> tuple[Student, ImageSet]:
+    """Reconstruct the student from a generator's first images, then let both learn."""
+    begin_with_reconstruction(teacher, student, images, context)
+    return _learn_together(teacher, student, lambda steps: warmed, context)
+
+
+def _learn_together(
+    teacher: Teacher, student: Student, make_source: Callable[[int], GeneratorLearner],
+    context: Context,
+) -> tuple[Student, ImageSet]:  # fmt: skip
+    """Fine-tune on a generator that goes on learning; return the student and images of its end."""
+    student, source = finetune(teacher, student, make_source, context)
     context.group.align(student.network)
     with seeded(context.seed, "kept images"):
-        return student, cast(GeneratorLearner, source).draw(settings.images)
+        return student, cast(GeneratorLearner, source).draw(student.recipe.synthesis.images)
 
 
 def produce(
@@ -177,12 +204,28 @@ def produce(
 ) -> tuple[Student, ImageSet]:
     """Return the tuned student and the images it was tuned on."""
     if learns_together(recipe, images):
-        prepared = prepared_teacher(teacher, recipe, None)
-        context.group.align(prepared.network)
-        student = attach(prepared, recipe)
-        return tune_with_generator(prepared, student, original=teacher, context=context)
+        return _produce_together(teacher, recipe, context)
     chosen = choose_images(teacher, recipe, images, context)
     return tuned(teacher, recipe, chosen, context), chosen
+
+
+def _produce_together(
+    teacher: Teacher, recipe: Recipe, context: Context
+) -> tuple[Student, ImageSet]:
+    """Let a generator and a student learn together.
+
+    Where the student begins with a reconstruction, the generator's first images are there before it, and
+    say how its channels are equalized.
+    """
+    settings, tuning = recipe.synthesis, recipe.tuning
+    assert isinstance(settings, GeneratorSynthesis)
+    assert isinstance(tuning, Finetuning)
+    if tuning.start is None:
+        ready, student = _attached(teacher, recipe, None, context)
+        return tune_with_generator(ready, student, original=teacher, context=context)
+    warmed, images = warmed_generator(teacher, settings, context, tuning.steps)
+    ready, student = _attached(teacher, recipe, images, context)
+    return _start_together(ready, student, warmed, images, context)
 
 
 def learns_together(recipe: Recipe, images: Images) -> bool:
@@ -192,12 +235,20 @@ def learns_together(recipe: Recipe, images: Images) -> bool:
 
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
-    teacher, grids = prepared(teacher, recipe, images, context)
-    context.group.align(teacher.network)
-    student = attach(teacher, recipe)
+    ready, student = _attached(teacher, recipe, images, context)
+    return tune(ready, student, images, context=context)
+
+
+def _attached(
+    teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
+) -> tuple[Teacher, Student]:
+    """Fold and equalize, quantize; return the teacher so prepared, and the student."""
+    ready, grids = prepared(teacher, recipe, images, context)
+    context.group.align(ready.network)
+    student = attach(ready, recipe)
     for name, grid in grids.items():
         student.quantizer(name).set_grid(grid)
-    return tune(teacher, student, images, context=context)
+    return ready, student
 
 
 def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Context) -> ImageSet:

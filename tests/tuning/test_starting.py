@@ -8,16 +8,19 @@ from helpers.networks import Inverted, Residual, network_of, smooth_images, with
 from zsq.config import load_recipe
 from zsq.errors import UsageError
 from zsq.functional.losses import kl_divergence
-from zsq.runtime.checkpoints import Checkpoints
+from zsq.runtime.checkpoints import Checkpoints, load_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
-from zsq.stages import tune, tune_with_generator, tuned
+from zsq.stages import produce, tune, tune_with_generator, tuned
 from zsq.student import attach
+from zsq.synthesis import warming
 from zsq.synthesis.images import ImageSet
+from zsq.synthesis.learner import GeneratorLearner
+from zsq.synthesis.warming import synthesize_with_generator
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.teacher import ModelInfo, Teacher
 from zsq.tuning import finetune as finetuning
-from zsq.tuning import reconstruct as reconstruction
+from zsq.tuning.reconstruct import reconstruct
 
 START = ["tuning.start.steps=20", "tuning.start.power=2"]
 SMALL = [
@@ -88,29 +91,39 @@ def test_grids_of_weights_stand_still_and_integers_move(teacher, images):
     assert moved > 0
 
 
-def test_the_images_of_a_generator_are_those_that_it_makes_after_its_warm_up(teacher, monkeypatch):
-    given = []
-    reconstruct = reconstruction.reconstruct
+def test_the_first_images_are_those_that_a_generator_makes_after_its_warm_up(teacher, monkeypatch):
+    given, trained = [], []
+    learn = GeneratorLearner.next
+
+    def count(self, rate):
+        trained.append(rate)
+        return learn(self, rate)
 
     def spy(teacher, student, images, context):
-        given.append((images, len(steps)))
+        given.append((images, len(trained)))
         return reconstruct(teacher, student, images, context)
 
-    steps = []
-    step = finetuning.FineTuner.step
-
-    def count(self, number):
-        result = step(self, number)
-        steps.append(number)
-        return result
-
     monkeypatch.setattr("zsq.tuning.starting.reconstruct", spy)
-    monkeypatch.setattr(finetuning.FineTuner, "step", count)
-    student, _ = tune_with_generator(teacher, attach(teacher, recipe()))
-    ((images, before),) = given
-    assert before == 5, "in the last of six warm-up steps"
-    assert len(images) == 16
-    assert student(images.images).isfinite().all()
+    monkeypatch.setattr(GeneratorLearner, "next", count)
+    student, kept = tune_with_generator(teacher, attach(teacher, recipe()))
+    ((first, before),) = given
+    assert (before, len(trained)) == (6, 12), "six steps of warm-up, six with the student"
+    assert len(first) == len(kept) == 16
+    expected = synthesize_with_generator(teacher, recipe().synthesis, Context())
+    assert torch.equal(first.images, expected.images)
+    assert not torch.allclose(first.images, kept.images)
+    assert student(first.images).isfinite().all()
+
+
+def test_a_generators_first_images_teach_the_equalization(teacher, tmp_path):
+    settings = ["tuning.start.equalize_steps=5", "equalize=0"]
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    student, kept = produce(teacher, recipe(*settings), None, context)
+    learned, _ = load_tensors(tmp_path / "equalization.safetensors")
+    assert any(k.startswith("factors.") and not torch.all(v == 1) for k, v in learned.items())
+    again, same_images = produce(teacher, recipe(*settings), None, Context())
+    assert same(student, again)
+    assert torch.equal(kept.images, same_images.images)
 
 
 def test_channels_are_equalized_by_learned_factors_before(teacher, images, tmp_path):
@@ -141,12 +154,21 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("after", ["a block", "the start", "a step"])
+@pytest.mark.parametrize(
+    ("learns", "after"),
+    [
+        (True, "the warm-up"),
+        (True, "a block"),
+        (True, "a step"),
+        (False, "a block"),
+        (False, "a step"),
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     teacher, images, tmp_path, monkeypatch, learns, after
 ):
     monkeypatch.setattr(finetuning, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(warming, "CHECKPOINT_EVERY", 1)
 
     def run(context):
         student = attach(teacher, recipe())
@@ -157,13 +179,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     whole = run(Context())
     context = Context(checkpoints=Checkpoints(tmp_path))
     save = Checkpoints.save
-    warmup = 6 if learns else 1
 
     def stop(self, name, tensors):
         save(self, name, tensors)
         done = int(tensors["done"]) if "done" in tensors else 0
         reached = {
-            "a block": self.part == "start", "the start": done == warmup, "a step": done == warmup + 3,
+            "the warm-up": name == "generator" and done == 4, "a block": self.part == "start",
+            "a step": name == "finetune" and done == 3,
         }  # fmt: skip
         if reached[after]:
             raise StopError

@@ -136,9 +136,9 @@ class Finetuning(Calibration):
     batch: int = Field(default=200, ge=1)
     """Images per step where they are given; a generator has a batch of its own."""
     start: Reconstruction | None = None
-    """Begin with weights and ranges that are reconstructed, on the images of the end of the warm-up, instead
-    of the teacher's weights rounded to nearest and ranges from the warm-up (this package's own). The
-    grids of weights then stand still."""
+    """Begin with weights and ranges reconstructed on the images, or on those that a generator makes after
+    its warm-up, instead of the teacher's weights rounded to nearest and tracked ranges (this package's
+    own). The grids of weights then stand still, and milestones are shares of the student's steps."""
     range_steps: int = Field(default=100, ge=1)
     """Steps of the warm-up that track activation ranges, which are frozen after them."""
     range_start: int | None = Field(default=None, ge=0)

@@ -66,9 +66,6 @@ class ImageSource(Protocol):
     def next(self, rate: float) -> Batch:
         """Return the next batch; a source that learns makes a step at ``rate`` times its own rate."""
 
-    def draw(self, count: int) -> ImageSet:
-        """Return images as they are now: ``count``, or all of a set that was given."""
-
     def state(self) -> dict[str, Tensor]:
         """Return everything that the next batches depend on, apart from torch's generators."""
 
@@ -97,8 +94,7 @@ class FixedImages:
     ) -> None:
         device = context.policy.device
         network = context.policy.placed_copy(teacher.network)
-        self.set = images
-        self.warmup = settings.range_steps if settings.start is None else 1
+        self.warmup = settings.range_steps if settings.start is None else 0
         self.size = min(settings.batch, len(images))
         self.group = context.group
         self.group.check_batch(self.size, "tuning.batch")
@@ -122,10 +118,6 @@ class FixedImages:
             return Batch(images, self.logits[chosen], targets, share=share)
         windows = random_windows(len(chosen), self.crop.smallest, self.crop.probability)
         return Batch(crop(images, windows.to(images.device)), None, targets, share=share)
-
-    def draw(self, count: int) -> ImageSet:
-        """Return the whole set; ``count`` means nothing here."""
-        return self.set
 
     def state(self) -> dict[str, Tensor]:
         """Return what is left of the current permutation."""

@@ -23,8 +23,6 @@ from zsq.config import GeneratorSynthesis
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import optimizer_state, restore_optimizer
 from zsq.runtime.policy import Compiled
-from zsq.runtime.seeds import seeded
-from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.generators import build_generator
 from zsq.synthesis.images import ImageSet, predict
@@ -34,8 +32,6 @@ from zsq.teacher.teacher import Teacher
 
 #: Momenta of Adam, as in all three papers.
 BETAS = (0.5, 0.999)
-#: Steps between two looks for NaN.
-CHECK_EVERY = 50
 
 
 class GeneratorLearner:
@@ -124,8 +120,8 @@ class GeneratorLearner:
                 images = self.generator(noise, labels.classes, labels.weights)
             made.append(images.float().cpu().contiguous())
         images = torch.cat(made)[:count]
-        provenance = _provenance(self.teacher, settings, self.context)
-        return ImageSet(images, predict(self.teacher, images, self.context), provenance)
+        predicted = predict(self.teacher, images, self.context)
+        return ImageSet(images, predicted, provenance(self.teacher, settings, self.context))
 
     def state(self) -> dict[str, Tensor]:
         """Return generator and optimiser as named tensors."""
@@ -141,44 +137,10 @@ class GeneratorLearner:
         restore_optimizer(self.optimizer, "adam", state)
 
 
-def synthesize_with_generator(
-    teacher: Teacher, settings: GeneratorSynthesis, context: Context
-) -> ImageSet:
-    """Train a generator for its warm-up alone and draw images from it.
-
-    Args:
-        teacher: must have batch norms with running statistics.
-        settings: of the recipe; its ``steps`` are all the training there is.
-        context: seed, device, progress.
-
-    Raises:
-        UsageError: no batch norm has running statistics.
-        RunError: the loss became NaN.
-    """
-    finished = context.checkpoints.load("generated")
-    if finished is not None:
-        return ImageSet(
-            finished["images"], finished["labels"], _provenance(teacher, settings, context)
-        )
-    with seeded(context.seed, "generator", *context.group.stream):
-        learner = GeneratorLearner(teacher, settings, context, settings.steps)
-        title = f"training the generator ({settings.generator})"
-        with context.reporter.task(title, settings.steps) as task:
-            for step in range(settings.steps):
-                terms = learner.next(1.0).terms
-                if step % CHECK_EVERY == 0 or step == settings.steps - 1:
-                    terms = context.group.mean(terms, learner.share)
-                    record_terms(context, "synthesis", step, terms)
-                task.advance(1, loss=terms["generator_bns"])
-        drawn = learner.draw(settings.images)
-    context.checkpoints.save("generated", {"images": drawn.images, "labels": drawn.labels})
-    context.flush()
-    return drawn
-
-
-def _provenance(
+def provenance(
     teacher: Teacher, settings: GeneratorSynthesis, context: Context
 ) -> dict[str, object]:
+    """Say what made a generator's images."""
     return {
         "method": settings.generator, "settings": settings.model_dump(mode="json"),
         "seed": context.seed, "model": teacher.info.reference, "synthetic": True,

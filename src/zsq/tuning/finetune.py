@@ -3,11 +3,11 @@
 
 The images may come from a generator that is itself learning (GDFQ, Qimera, AutoReCon) or from a
 fixed set. First a warm-up, in which only the source moves; its last steps track the ranges of
-activations, which are frozen then. Or, with `start` in the recipe, weights and ranges are reconstructed
-from the source's images at its end (`zsq.tuning.starting`). From there on master weights, biases,
-gamma and beta learn by SGD through the rounding (straight-through), while batch norms keep the
-teacher's statistics. With `inundation` in the recipe the step of every weight tensor is scaled until
-enough of its integers change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
+activations, which are frozen then. A student that was reconstructed before (`zsq.tuning.starting`) has
+its ranges, and needs no warm-up. From there on master weights, biases, gamma and beta learn by SGD
+through the rounding (straight-through), while batch norms keep the teacher's statistics. With
+`inundation` in the recipe the step of every weight tensor is scaled until enough of its integers
+change (AIT, arXiv 2203.17008); `zsq.tuning.inundation` is that rule.
 
 The processes of a group share every batch. Ranges are widened to all of it and gradients are summed
 before anything is decided, so that every process takes the same step.
@@ -46,7 +46,6 @@ from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
 from zsq.tuning.ranges import freeze_ranges, tracked_steps, tracking
-from zsq.tuning.starting import begin_with_reconstruction
 from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
@@ -116,7 +115,7 @@ class FineTuner:
         self, teacher: Teacher, student: Student, source: ImageSource, settings: Finetuning,
         context: Context,
     ) -> None:  # fmt: skip
-        self.teacher, self.student, self.source = teacher, student, source
+        self.student, self.source = student, source
         self.settings, self.context = settings, context
         context.policy.place(student.network)
         self.total = source.warmup + settings.steps
@@ -156,11 +155,8 @@ class FineTuner:
         recorded = step % RECORD_EVERY == 0 or step == self.total - 1
         batch = self.source.next(factor)
         if step < self.source.warmup:
+            self._warm_up(batch, step)
             terms: dict[str, Tensor] = {}
-            if self.settings.start is None:
-                self._set_ranges(batch, step)
-            elif step == self.source.warmup - 1:
-                self._start()
         else:
             measure = recorded and self.context.metrics is not None
             terms = self._learn(batch, step - self.source.warmup, factor, measure=measure)
@@ -170,14 +166,8 @@ class FineTuner:
             self._record(step, self.context.group.mean(batch.terms | terms, batch.share))
         return next(iter((terms | batch.terms).values()), torch.zeros(()))
 
-    def _start(self) -> None:
-        """Reconstruct from the source's images; the student begins where that ends."""
-        images = self.source.draw(self.student.recipe.synthesis.images)
-        begin_with_reconstruction(self.teacher, self.student, images, self.context)
-        self.watch = IntegerWatch(self.weights)
-
     @torch.no_grad()
-    def _set_ranges(self, batch: Batch, step: int) -> None:
+    def _warm_up(self, batch: Batch, step: int) -> None:
         """Track ranges in some steps of the warm-up; freeze them in the last of those."""
         steps = tracked_steps(self.settings, self.source.warmup)
         if step in steps:
