@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers.networks import Inverted, Residual, network_of, smooth_images, with_own_statistics
+from helpers.networks import Inverted, network_of, smooth_images
 
 from zsq.config import load_recipe
 from zsq.errors import UsageError
@@ -17,7 +17,6 @@ from zsq.synthesis import warming
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.warming import synthesize_with_generator
-from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.teacher import ModelInfo, Teacher
 from zsq.tuning import finetune as finetuning
 from zsq.tuning.reconstruct import reconstruct
@@ -27,20 +26,6 @@ SMALL = [
     "synthesis.steps=6", "synthesis.batch=8", "synthesis.images=16", "tuning.steps=6",
     "tuning.range_steps=3", "tuning.batch=8", "tuning.lr=0.01",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    torch.manual_seed(0)
-    network = build_network(export_module(with_own_statistics(Residual()), (3, 8, 8)))
-    return Teacher(network.requires_grad_(False), ModelInfo("residual", (3, 8, 8)))
-
-
-@pytest.fixture(scope="module")
-def images(teacher):
-    pixels = smooth_images(24)
-    with torch.no_grad():
-        return ImageSet(pixels, teacher(pixels).argmax(1))
 
 
 def recipe(*settings, name="gdfq+ait", bits="w3a3"):
