@@ -14,24 +14,30 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from zsq.config import load_recipe
+from zsq.config import Recipe, load_recipe
 from zsq.evaluation.folder import open_folder
 from zsq.evaluation.metrics import evaluate_networks
 from zsq.functional.schedules import milestone_factor
+from zsq.preparation import prepared
+from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import make_reporter
 from zsq.runtime.seeds import seeded
-from zsq.stages import prepared_teacher
-from zsq.student import attach
+from zsq.student import Student, attach
 from zsq.synthesis.batches import Batch
+from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.synthesis.warming import warmed_generator
 from zsq.teacher.teacher import Teacher, load_teacher
 from zsq.tuning.finetune import FineTuner
 from zsq.tuning.fusing import fused_rounding
+from zsq.tuning.starting import begin_with_reconstruction
 
 SHARED = Path(os.environ.get("ZSQ_SHARED", Path(__file__).parents[2] / "shared"))
 RESULTS = Path(__file__).parent / "results" / "finetuning.jsonl"
@@ -73,22 +79,28 @@ def ablation(
     teacher: Teacher, host: str, bits: list[str], seed: int, schedule: str, settings: list[str],
     variants: list[str],
 ) -> dict[tuple[str, str], FineTuner]:  # fmt: skip
-    """Train every variant of a host at every bit-width on one generator's images."""
+    """Train every variant of a host at every bit-width on one generator's images, from one start."""
     context = Context(seed, make_policy(), make_reporter())
     with seeded(seed, "finetune"), contextlib.ExitStack() as during:
         base = load_recipe(host, schedule=schedule, settings=settings)
         total = base.synthesis.steps + base.tuning.steps
-        generator = GeneratorLearner(teacher, base.synthesis, context, total)
+        images = None
+        if base.tuning.start is None:
+            generator = GeneratorLearner(teacher, base.synthesis, context, total)
+        else:
+            generator, images = warmed_generator(
+                teacher, base.synthesis, context, base.tuning.steps
+            )
+            total = base.tuning.steps
+        pieces = Path(during.enter_context(tempfile.TemporaryDirectory()))
         students = {}
         for width in bits:
             for name in variants:
                 changes = [*VARIANTS[name], *settings]
                 recipe = load_recipe(host, bits=width, schedule=schedule, settings=changes)
-                prepared = prepared_teacher(teacher, recipe, None)
-                student = attach(prepared, recipe)
-                tuner = FineTuner(
-                    prepared, student, Stream(generator.warmup), recipe.tuning, context
-                )
+                kept = replace(context, checkpoints=Checkpoints(pieces / width))
+                ready, student = _begun(teacher, recipe, images, kept)
+                tuner = FineTuner(ready, student, Stream(generator.warmup), recipe.tuning, context)
                 during.enter_context(
                     fused_rounding(
                         tuner.ranges.values(),
@@ -98,7 +110,7 @@ def ablation(
                     )
                 )
                 students[width, name] = tuner
-        first = generator.warmup - base.tuning.range_steps
+        first = generator.warmup - base.tuning.range_steps  # what is before concerns no student
         with context.reporter.task(f"{host}, seed {seed}", total) as task:
             for step in range(total):
                 factor = milestone_factor(step / total, base.tuning.milestones, base.tuning.decay)
@@ -110,6 +122,19 @@ def ablation(
         for tuner in students.values():
             tuner.average.settle()
     return students
+
+
+def _begun(
+    teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
+) -> tuple[Teacher, Student]:
+    """Return a teacher and a student as fine-tuning finds them; checkpoints let variants share a start."""
+    ready, grids = prepared(teacher, recipe, images, context)
+    student = attach(ready, recipe)
+    if images is not None:
+        for name, grid in grids.items():
+            student.quantizer(name).set_grid(grid)
+        begin_with_reconstruction(ready, student, images, context)
+    return ready, student
 
 
 def main() -> None:
