@@ -111,6 +111,21 @@ def test_a_generators_first_images_teach_the_equalization(teacher, tmp_path):
     assert torch.equal(kept.images, same_images.images)
 
 
+@pytest.mark.parametrize("protocol", ["edges-8bit", "integer", "all-low-bit"])
+def test_every_protocol_lets_a_generators_student_begin_reconstructed(teacher, protocol):
+    settings = [
+        f"protocol={protocol}",
+        "equalize=0.5",
+        "tuning.start.equalize_steps=3",
+        "tuning.lr=1e-6",
+    ]
+    student, kept = produce(teacher, recipe(*settings, bits="w8a4"), None, Context())
+    with torch.no_grad():
+        wanted, given = teacher(kept.images), student(kept.images)
+    assert float((given - wanted).norm() / wanted.norm()) < 0.25
+    assert {layer.bits for layer in student.layers().values()} == {8}
+
+
 def test_channels_are_equalized_by_learned_factors_before(teacher, images, tmp_path):
     settings = ["equalize=0.5", "tuning.start.equalize_steps=5"]
     context = Context(checkpoints=Checkpoints(tmp_path))

@@ -2,10 +2,10 @@
 """Min-max quantizers: what fine-tuning learns through (protocol ``all-low-bit``).
 
 Weights keep a float master whose grid spans each output channel's minimum and maximum and moves
-with them, unless they start from a tuned weight and keep its grid; activations get the running range of
-a warm-up, frozen afterwards. Gradients pass straight
-through both, also where a value was clamped, as in GDFQ (arXiv 2003.03603) and its descendants, whose
-ranges clamp next to nothing. For narrower ranges activations can stop them there.
+with them, unless they start from a tuned weight and keep its grid; activations get the running range
+of a warm-up, frozen afterwards. Gradients pass straight through both, also where a value was
+clamped, as in GDFQ (arXiv 2003.03603) and its descendants, whose ranges clamp next to nothing. For
+narrower ranges activations can stop them there.
 """
 
 from __future__ import annotations
