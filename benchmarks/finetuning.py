@@ -23,13 +23,13 @@ from zsq.config import Recipe, load_recipe
 from zsq.evaluation.folder import open_folder
 from zsq.evaluation.metrics import evaluate_networks
 from zsq.functional.schedules import milestone_factor
-from zsq.preparation import prepared
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import make_reporter
 from zsq.runtime.seeds import seeded
-from zsq.student import Student, attach
+from zsq.stages import attached
+from zsq.student import Student
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner
@@ -128,11 +128,8 @@ def _begun(
     teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
 ) -> tuple[Teacher, Student]:
     """Return a teacher and a student as fine-tuning finds them; checkpoints let variants share a start."""
-    ready, grids = prepared(teacher, recipe, images, context)
-    student = attach(ready, recipe)
+    ready, student = attached(teacher, recipe, images, context)
     if images is not None:
-        for name, grid in grids.items():
-            student.quantizer(name).set_grid(grid)
         begin_with_reconstruction(ready, student, images, context)
     return ready, student
 

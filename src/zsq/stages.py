@@ -221,10 +221,10 @@ def _produce_together(
     assert isinstance(settings, GeneratorSynthesis)
     assert isinstance(tuning, Finetuning)
     if tuning.start is None:
-        ready, student = _attached(teacher, recipe, None, context)
+        ready, student = attached(teacher, recipe, None, context)
         return tune_with_generator(ready, student, original=teacher, context=context)
     warmed, images = warmed_generator(teacher, settings, context, tuning.steps)
-    ready, student = _attached(teacher, recipe, images, context)
+    ready, student = attached(teacher, recipe, images, context)
     return _start_together(ready, student, warmed, images, context)
 
 
@@ -235,14 +235,21 @@ def learns_together(recipe: Recipe, images: Images) -> bool:
 
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
-    ready, student = _attached(teacher, recipe, images, context)
+    ready, student = attached(teacher, recipe, images, context)
     return tune(ready, student, images, context=context)
 
 
-def _attached(
+def attached(
     teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
 ) -> tuple[Teacher, Student]:
-    """Fold and equalize, quantize; return the teacher so prepared, and the student."""
+    """Fold and equalize, quantize; return the teacher so prepared, and the student.
+
+    Args:
+        teacher: stays as it is.
+        recipe: resolved.
+        images: as of `zsq.preparation.prepared_teacher`.
+        context: where what is learned before is kept, and how it is computed.
+    """
     ready, grids = prepared(teacher, recipe, images, context)
     context.group.align(ready.network)
     student = attach(ready, recipe)

@@ -70,6 +70,17 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
+def flat(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of several parts as ``part.name``."""
+    return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return a part of what `flat` returned."""
+    start = f"{part}."
+    return {name.removeprefix(start): t for name, t in state.items() if name.startswith(start)}
+
+
 class Checkpoints:
     """Named pieces of a run in a folder; without a folder nothing is kept.
 

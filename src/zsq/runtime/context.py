@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.group import Group
 from zsq.runtime.metrics import Records, Value
@@ -48,6 +50,16 @@ class Context:
         """Write values over time, where a run keeps them."""
         if self.metrics is not None:
             self.metrics.write(stage=f"{stage} {self.part}".strip(), step=step, **values)
+
+    def begin_stream(self, step: str, done: int) -> None:
+        """Let processes that keep no state of chance draw what they will when resumed from here.
+
+        Args:
+            step: what draws.
+            done: how much of it is done; a checkpoint was just saved or loaded.
+        """
+        if self.group.stream:
+            torch.manual_seed(derive_seed(self.seed, step, *self.group.stream, done))
 
     def flush(self) -> None:
         """Put what was recorded on disk; called at checkpoints."""

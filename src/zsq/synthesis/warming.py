@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from zsq.config import GeneratorSynthesis
+from zsq.runtime.checkpoints import flat, part_of
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import generator_states, restore_generators
-from zsq.runtime.seeds import derive_seed, seeded
+from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import record_terms
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner, provenance
@@ -83,11 +83,10 @@ def warmed_generator(
 
 def _save(learner: GeneratorLearner, context: Context, done: int) -> None:
     """Keep everything that the remaining steps depend on."""
-    state = {f"source.{name}": tensor for name, tensor in learner.state().items()}
-    state |= {f"random.{name}": tensor for name, tensor in generator_states().items()}
+    state = flat({"source": learner.state(), "random": generator_states()})
     context.checkpoints.save("generator", state | {"done": torch.tensor(done)})
     context.flush()
-    _begin_stream(context, done)
+    context.begin_stream("generator", done)
 
 
 def _resume(learner: GeneratorLearner, context: Context) -> int:
@@ -95,17 +94,7 @@ def _resume(learner: GeneratorLearner, context: Context) -> int:
     state = context.checkpoints.load("generator")
     if state is None:
         return 0
-    learner.restore(_part(state, "source."))
-    restore_generators(_part(state, "random."))
-    _begin_stream(context, int(state["done"]))
+    learner.restore(part_of(state, "source"))
+    restore_generators(part_of(state, "random"))
+    context.begin_stream("generator", int(state["done"]))
     return int(state["done"])
-
-
-def _begin_stream(context: Context, done: int) -> None:
-    """Let the processes that keep no state of chance draw what they would draw when resumed."""
-    if context.group.stream:
-        torch.manual_seed(derive_seed(context.seed, "generator", *context.group.stream, done))
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -27,6 +27,7 @@ from zsq.functional.agreement import gradient_cosines
 from zsq.functional.crossing import crossing_multipliers
 from zsq.functional.schedules import milestone_factor
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
+from zsq.runtime.checkpoints import flat, part_of
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import (
     generator_states,
@@ -35,7 +36,7 @@ from zsq.runtime.optimizers import (
     restore_optimizer,
 )
 from zsq.runtime.policy import Compiled
-from zsq.runtime.seeds import derive_seed, seeded
+from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
@@ -248,21 +249,14 @@ class FineTuner:
             "source": self.source.state(), "rule": self.weight_rule.state_dict(),
             "random": generator_states(), "watch": self.watch.state(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
-            "grids": {p: w.given for p, w in self.weights.items() if w.given is not None},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
             "average": self.average.state(),
-            "ranges": _flat({name: q.state_dict() for name, q in self.ranges.items()}),
+            "ranges": flat({name: q.state_dict() for name, q in self.ranges.items()}),
         }  # fmt: skip
-        state = _flat(parts) | optimizer_state(self.rest_rule, "sgd")
+        state = flat(parts) | optimizer_state(self.rest_rule, "sgd")
         self.context.checkpoints.save("finetune", state | {"done": torch.tensor(done)})
         self.context.flush()
-        self._begin_stream(done)
-
-    def _begin_stream(self, done: int) -> None:
-        """Let the processes that keep no state of chance draw what they would draw when resumed."""
-        group = self.context.group
-        if group.stream:
-            torch.manual_seed(derive_seed(self.context.seed, "finetune", *group.stream, done))
+        self.context.begin_stream("finetune", done)
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -270,22 +264,20 @@ class FineTuner:
         state = self.context.checkpoints.load("finetune")
         if state is None:
             return 0
-        self.source.restore(_part(state, "source"))
-        self.weight_rule.load_state_dict(_part(state, "rule"))
-        self.watch.restore(_part(state, "watch"))
-        self.average.restore(_part(state, "average"))
+        self.source.restore(part_of(state, "source"))
+        self.weight_rule.load_state_dict(part_of(state, "rule"))
+        self.watch.restore(part_of(state, "watch"))
+        self.average.restore(part_of(state, "average"))
         restore_optimizer(self.rest_rule, "sgd", state)
         for path, weight in self.weights.items():
             weight.master.copy_(state[f"weights.{path}"])
-            grid = state.get(f"grids.{path}")
-            weight.given = None if grid is None else grid.to(weight.master.device)
         for i, parameter in enumerate(self.rest):
             parameter.copy_(state[f"rest.{i}"])
         for name, quantizer in self.ranges.items():
-            quantizer.load_state_dict(_part(state, f"ranges.{name}"))
+            quantizer.load_state_dict(part_of(state, f"ranges.{name}"))
             quantizer.enabled = bool(quantizer.calibrated)
-        restore_generators(_part(state, "random"))
-        self._begin_stream(int(state["done"]))
+        restore_generators(part_of(state, "random"))
+        self.context.begin_stream("finetune", int(state["done"]))
         return int(state["done"])
 
 
@@ -299,12 +291,3 @@ def _other_parameters(student: Student, weights: dict[str, MinMaxWeight]) -> lis
         if parameter.requires_grad and id(parameter) not in masters:
             found.append(parameter)
     return found
-
-
-def _flat(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {name.removeprefix(start): t for name, t in state.items() if name.startswith(start)}

@@ -52,12 +52,10 @@ class IntegerWatch:
         return dict(zip(self.moved, shares.tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what has been seen so far, and where it started."""
-        moved = {f"moved.{path}": moved for path, moved in self.moved.items()}
-        return moved | {f"start.{path}": codes for path, codes in self.start.items()}
+        """Return what has been seen so far."""
+        return dict(self.moved)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        for path in self.weights:
-            self.moved[path].copy_(state[f"moved.{path}"])
-            self.start[path].copy_(state[f"start.{path}"])
+        for path, moved in self.moved.items():
+            moved.copy_(state[path])
