@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning that begins with reconstructed weights."""
 
+import math
+
 import pytest
 import torch
 from helpers.networks import Inverted, network_of, smooth_images
 
 from zsq.config import load_recipe
-from zsq.errors import UsageError
+from zsq.errors import RunError, UsageError
 from zsq.functional.losses import kl_divergence
 from zsq.runtime.checkpoints import Checkpoints, load_tensors
 from zsq.runtime.context import Context
@@ -196,6 +198,27 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             run(context)
     torch.randn(7)
     assert same(run(context), whole)
+
+
+def test_a_damaged_generator_is_no_checkpoint(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(warming, "CHECKPOINT_EVERY", 2)
+    learn, steps = GeneratorLearner.next, []
+
+    def spoil(self, rate):
+        batch = learn(self, rate)
+        steps.append(rate)
+        if len(steps) == 4:
+            with torch.no_grad():
+                next(self.generator.parameters()).fill_(math.nan)
+        return batch
+
+    monkeypatch.setattr(GeneratorLearner, "next", spoil)
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(RunError, match=r"NaN or infinite at or before step 3.*kept"):
+        synthesize_with_generator(teacher, recipe().synthesis, context)
+    kept, _ = load_tensors(tmp_path / "generator.safetensors")
+    assert int(kept["done"]) == 2
+    assert all(t.isfinite().all() for name, t in kept.items() if name.startswith("source."))
 
 
 def test_what_is_said_about_a_start_that_cannot_be(teacher):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recording loss terms that lie on a device, with one read of it."""
+"""Loss terms and weights that lie on a device: recorded and checked with one read of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -40,3 +41,20 @@ def record_terms(
                 f"the loss term {name!r} became {value} at or before step {step} of {stage}. {advice}"
             )
     context.record(stage, step, **dict(zip(names, read, strict=True)), **values)  # type: ignore[arg-type]
+
+
+def check_weights(weights: Iterable[Tensor], step: int) -> None:
+    """Refuse weights that are damaged, before a checkpoint of them replaces the last good one.
+
+    Args:
+        weights: what learns.
+        step: the last one made.
+
+    Raises:
+        RunError: a weight is NaN or infinite.
+    """
+    if not bool(torch.stack([w.detach().isfinite().all() for w in weights]).all()):
+        raise RunError(
+            f"a weight became NaN or infinite at or before step {step}. {LOWER_THE_RATE} The checkpoint "
+            "before it is kept."
+        )

@@ -138,7 +138,8 @@ class Finetuning(Calibration):
     start: Reconstruction | None = None
     """Begin with weights and ranges reconstructed on the images, or on those that a generator makes after
     its warm-up, instead of the teacher's weights rounded to nearest and tracked ranges (this package's
-    own). The grids of weights then stand still, and milestones are shares of the student's steps."""
+    own). The grids of weights then stand still, and milestones are shares of the student's steps.
+    Its settings are those of `zsq recipes genie`."""
     range_steps: int = Field(default=100, ge=1)
     """Steps of the warm-up that track activation ranges, which are frozen after them."""
     range_start: int | None = Field(default=None, ge=0)

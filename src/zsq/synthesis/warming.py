@@ -10,7 +10,7 @@ from zsq.runtime.checkpoints import flat, part_of
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import generator_states, restore_generators
 from zsq.runtime.seeds import seeded
-from zsq.runtime.terms import record_terms
+from zsq.runtime.terms import check_weights, record_terms
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner, provenance
 from zsq.teacher.teacher import Teacher
@@ -82,7 +82,8 @@ def warmed_generator(
 
 
 def _save(learner: GeneratorLearner, context: Context, done: int) -> None:
-    """Keep everything that the remaining steps depend on."""
+    """Keep everything that the remaining steps depend on, unless it is damaged."""
+    check_weights(learner.generator.parameters(), done - 1)
     state = flat({"source": learner.state(), "random": generator_states()})
     context.checkpoints.save("generator", state | {"done": torch.tensor(done)})
     context.flush()

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from zsq.config import Finetuning
-from zsq.errors import RunError
 from zsq.functional.agreement import gradient_cosines
 from zsq.functional.crossing import crossing_multipliers
 from zsq.functional.schedules import milestone_factor
@@ -37,7 +36,7 @@ from zsq.runtime.optimizers import (
 )
 from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
-from zsq.runtime.terms import record_terms
+from zsq.runtime.terms import check_weights, record_terms
 from zsq.student import Student
 from zsq.synthesis.batches import Batch, ImageSource
 from zsq.teacher.teacher import Teacher
@@ -240,11 +239,7 @@ class FineTuner:
         Raises:
             RunError: a weight is NaN or infinite; the last checkpoint stays as it is.
         """
-        if not bool(torch.stack([t.detach().isfinite().all() for t in self.trained]).all()):
-            raise RunError(
-                f"a weight became NaN or infinite at or before step {done - 1}. Lower tuning.lr with "
-                "--set, or try --precision fp32; the checkpoint before it is kept."
-            )
+        check_weights(self.trained, done - 1)
         parts: dict[str, dict[str, Tensor]] = {
             "source": self.source.state(), "rule": self.weight_rule.state_dict(),
             "random": generator_states(), "watch": self.watch.state(),

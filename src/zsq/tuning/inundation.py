@@ -131,7 +131,7 @@ class InundatedSGD:
         # channels of all tensors follow each other; one tensor alone is not copied
         weight = _joined([_rows(w.master, w.master) for w in members])
         direction = _joined([_rows(d, w.master) for d, w in zip(directions, members, strict=True)])
-        if members[0].given is None:
+        if members[0].given is None:  # one pass over all channels, where each weight's own would do
             scale, zero_point = minmax_grid(weight, members[0].bits)
         else:
             scale, zero_point = torch.cat([torch.stack(w.grid()) for w in members], dim=1)
