@@ -209,6 +209,26 @@ def test_several_batches_count_like_one(residual):
         assert others[name].scale.item() == pytest.approx(quantizer.scale.item(), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "shape", [(64, 12, 7, 7), (32, 10, 7, 7), (32, 16, 8, 8), (64, 30), (9, 15, 5, 3)]
+)
+@pytest.mark.parametrize("share", [7, 14, 49, 100])
+def test_samples_are_of_every_channel_row_and_column(shape, share):
+    """Each element holds its own place; a stride of 49 would see one corner of every 7 x 7 map."""
+    places = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1).flatten(
+        0, -2
+    )
+    whole = torch.arange(len(places)).reshape(shape)
+    seen = places[attach._sample(whole, max(len(places) // share, 1)).long()]
+    taken = len(places) // share
+    for axis, side in enumerate(shape[1:], start=1):
+        expected = min(side, taken // 2)
+        assert seen[:, axis].unique().numel() >= expected
+        if side * 20 < taken:
+            counts = seen[:, axis].bincount(minlength=side).double()
+            assert counts.max() < 1.5 * counts.min()
+
+
 def test_large_tensors_are_sampled_with_their_extremes(monkeypatch):
     monkeypatch.setattr(attach, "SAMPLE", 1000)
     network = network_of(Net(lambda n, x: n.a(x).relu(), a=conv()), (3, 16, 16))
