@@ -7,9 +7,17 @@ from helpers.runs import FEW, write_images
 from torch import nn
 
 from zsq import quantize, running
+from zsq.config import load_recipe
 from zsq.errors import UsageError
+from zsq.synthesis.images import ImageSet
 
 SETTINGS = FEW[1:10:2]
+
+
+#: Labels of a network of more classes.
+LABELLED = ImageSet(torch.randn(8, 3, 8, 8), torch.arange(8))
+#: A recipe whose student learns from labels.
+LEARNS = load_recipe("genie", tuning={"method": "finetune", "steps": 1})
 
 
 class Mean(nn.Module):
@@ -37,11 +45,24 @@ def ask(out, network, **more):
     (without_norms, {"images": "."}, "--mean"),
     (without_norms, {"images": torch.randn(8, 3, 9, 9)}, "shape"),
     (without_norms, {"images": torch.randn(8, 3, 8, 8), "memory": -5}, "-5"),
+    (without_norms, {"images": LABELLED, "recipe": LEARNS}, "5 classes, 0 to 4"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):
     with pytest.raises(UsageError, match=says):
         ask(tmp_path / "run", network(), **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_more_classes_is_refused_where_labels_are_learned_from(tmp_path):
+    images = tmp_path / "images"
+    for name in "abcdef":
+        write_images(images / name)
+    normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(UsageError, match="6 class folders but the network has 5"):
+        ask(tmp_path / "run", without_norms(), images=str(images), recipe=LEARNS, **normal)
+    assert not (tmp_path / "run").exists()
+    student = ask(None, without_norms(), images=str(images), **normal)
+    assert student(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 
 def test_what_turns_out_not_to_work_can_be_asked_for_otherwise(tmp_path, monkeypatch):

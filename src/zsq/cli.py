@@ -30,7 +30,9 @@ from zsq.options import (
     Quiet,
     Resize,
     Schedule,
+    ScheduleOption,
     Seed,
+    Settings,
     Std,
     Weights,
     integers,
@@ -66,10 +68,8 @@ def quantize(
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe name or YAML file.")] = "genie",
     bits: BitsOption = None,
     protocol: ProtocolOption = None,
-    schedule: Annotated[Schedule, typer.Option("--schedule", help=(
-        "full as published; quick for a laptop, a little less accurate."))] = Schedule.full,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
-        "Change a recipe field, e.g. tuning.steps=500."))] = None,
+    schedule: ScheduleOption = Schedule.full,
+    settings: Settings = None,
     images: Images = None,
     images_from: ImagesFrom = None,
     input_shape: InputShape = None,

@@ -22,7 +22,10 @@ from zsq.options import (
     ProtocolOption,
     Quiet,
     Resize,
+    Schedule,
+    ScheduleOption,
     Seed,
+    Settings,
     Std,
     Weights,
     integers,
@@ -115,6 +118,8 @@ def bits(
     width: Annotated[str | None, typer.Option("--bits", help=(
         "Activations of the result, as in w4a4."))] = None,
     protocol: ProtocolOption = None,
+    schedule: ScheduleOption = Schedule.full,
+    settings: Settings = None,
     candidates: Annotated[str, typer.Option("--candidates", help="Widths to choose from.")] = "2,3,4,5,6,8",
     images: Images = None,
     images_from: ImagesFrom = None,
@@ -153,7 +158,7 @@ def bits(
     )  # fmt: skip
     policy = make_policy(device, precision.value, compile_)
     plan = choose_bits(
-        teacher, budget, recipe, bits=width, protocol=protocol,
+        teacher, budget, recipe, bits=width, protocol=protocol, schedule=schedule.value, settings=settings or (),
         candidates=integers(candidates, "--candidates", "2,4,8") or (),
         images=given_images(images, images_from),
         context=Context(seed, policy, reporter_for(quiet or as_json)),

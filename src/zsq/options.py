@@ -55,6 +55,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 BitsOption = Annotated[
     str | None, typer.Option("--bits", help="Weights and activations, e.g. w4a4, or a bits file.")
 ]
+ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help=(
+    "full: the published steps; quick: for a laptop, a little less accurate."))]  # fmt: skip
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
+    "Change a recipe field, e.g. tuning.steps=500."))]  # fmt: skip
 ProtocolOption = Annotated[str | None, typer.Option("--protocol", help=(
     "edges-8bit, integer or all-low-bit."))]  # fmt: skip
 Images = Annotated[str | None, typer.Option("--images", help=(

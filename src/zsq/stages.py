@@ -20,7 +20,8 @@ from zsq.config import (
     Reconstruction,
     load_recipe,
 )
-from zsq.evaluation.folder import load_images, open_for
+from zsq.errors import UsageError
+from zsq.evaluation.folder import ImageFolder, load_images, open_for
 from zsq.preparation import has_a_learning_generator, prepared
 from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
@@ -32,6 +33,7 @@ from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.synthesis.objective import count_classes
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.synthesis.warming import synthesize_with_generator, warmed_generator
 from zsq.teacher.taps import tap_batch_norms
@@ -67,8 +69,21 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
         images = ImageSet(images, torch.zeros(len(images)))
     if isinstance(images, ImageSet):
         images.check(teacher.info.input_shape)
+        if isinstance(recipe.tuning, Finetuning):
+            images.check_labels(count_classes(teacher))
     else:
-        open_for(teacher.info, images)
+        opened = open_for(teacher.info, images)
+        if isinstance(recipe.tuning, Finetuning):
+            _check_folders(opened, count_classes(teacher))
+
+
+def _check_folders(opened: ImageFolder, classes: int) -> None:
+    """Refuse a folder with images of more classes than a network has."""
+    if len(opened.classes) > classes:
+        raise UsageError(
+            f"{opened.root} holds {len(opened.classes)} class folders but the network has {classes} "
+            "classes; this recipe learns from labels, so leave a folder for each of them, in their order."
+        )
 
 
 def synthesize(

@@ -6,12 +6,13 @@ import pytest
 from helpers.networks import Inverted
 from helpers.students import labelled_images, planned, teacher_of
 
+from zsq.bits import choose
 from zsq.bits.choose import choose_bits
 from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
 from zsq.bits.plan import make_plan
-from zsq.config import load_recipe
+from zsq.config import Override, load_recipe
 from zsq.errors import UsageError
 from zsq.export.deploy import to_integer
 from zsq.export.onnx import write_integer
@@ -39,8 +40,8 @@ def test_a_size_counts_all_weights(teacher, images):
 
 @pytest.mark.parametrize(
     ("budget", "label"),
-    [("3.5", "average bits per weight, free layers"), ("4kB", "MB of weights in the ONNX file"),
-     ("0.005GBOP", "GBOP an image")],
+    [("3.5", "average bits per weight, free layers"), ("1.1kB", "MB of weights in the ONNX file"),
+     ("0.0021GBOP", "GBOP an image")],
 )  # fmt: skip
 def test_costs_are_in_the_budgets_unit_with_fixed_layers(teacher, images, budget, label):
     plan = choose_bits(teacher, budget, "genie", images=images)
@@ -97,9 +98,38 @@ def test_bit_operations_count_both_operands(teacher):
     assert cost_of(facts["b1"], 5, "bops") == 6 * 6 * 9 * 16 * 5 * facts["b1"].input_bits
 
 
-def test_a_budget_in_operations_favours_layers_with_few(teacher, images):
-    plan = choose_bits(teacher, "1GBOP", images=images, candidates=[2, 8])
-    assert set(plan.layers.values()) == {8}
+def test_a_budget_in_operations_is_kept_and_refused(teacher, images):
+    facts, free = layer_facts(teacher, load_recipe("genie"))
+
+    def whole(bits):
+        widths = {path: bits if path in free else 8 for path in facts}
+        return sum(cost_of(facts[path], width, "bops") for path, width in widths.items())
+
+    halfway = (whole(2) + whole(8)) / 2
+    plan = choose_bits(teacher, f"{halfway / 1e9}GBOP", images=images, candidates=[2, 8])
+    assert whole(2) < plan.cost <= halfway
+    assert {plan.layers[path] for path in free} == {2, 8}
+    everything = choose_bits(teacher, "1GBOP", images=images, candidates=[2, 8])
+    assert everything.cost == pytest.approx(whole(8))
+    with pytest.raises(UsageError, match=r"smallest possible is .* GBOP, .* GBOP of it layers"):
+        choose_bits(teacher, f"{0.99 * whole(2) / 1e9}GBOP", images=images, candidates=[2, 8])
+
+
+def test_a_budget_that_nothing_meets_is_refused_before_anything_is_made(teacher, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("images were made")
+
+    monkeypatch.setattr(choose, "choose_images", refuse)
+    with pytest.raises(UsageError, match="smallest possible"):
+        choose_bits(teacher, "1.9")
+
+
+def test_what_the_recipe_is_changed_by_prepares_the_network(teacher, images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(choose, "make_plan", lambda *given: seen.append(given[1]))
+    for more in ({}, {"schedule": "quick"}, {"settings": ["equalize=0.25"]}):
+        choose_bits(teacher, "4.0", "hast", images=images, candidates=[4, 8], **more)
+    assert [recipe.equalize for recipe in seen] == [0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -111,19 +141,18 @@ def test_budgets_are_read_as_people_write_them(text, kind, amount):
     assert Budget.parse(text) == Budget(kind, pytest.approx(amount))
 
 
-@pytest.mark.parametrize("text", ["", "many", "-4", "0", "4 apples", "MB"])
+@pytest.mark.parametrize(
+    "text", ["", "many", "-4", "0", "4 apples", "MB", "1.7M", "5s", "1mss", "2MBs"]
+)
 def test_other_budgets_are_refused(text):
     with pytest.raises(UsageError, match=r"4\.0.*1\.7MB"):
         Budget.parse(text)
 
 
 @pytest.mark.parametrize(
-    ("budget", "smallest"), [("1.9", "2 bits per weight"), ("0.1kB", "MB"), ("1e3MBOP", None)]
+    ("budget", "smallest"), [("1.9", "2 bits per weight"), ("0.1kB", "MB"), ("1e-1MBOP", "GBOP")]
 )
 def test_a_budget_that_nothing_meets_says_the_smallest_possible(teacher, images, budget, smallest):
-    if smallest is None:
-        choose_bits(teacher, budget, images=images)
-        return
     with pytest.raises(UsageError, match=f"smallest possible is .*{smallest}"):
         choose_bits(teacher, budget, images=images)
 
@@ -151,5 +180,10 @@ def test_latencies_add_up_to_a_run_without_the_profiler(teacher, images, monkeyp
     assert set(times) == {"stem", *INNER, "fc"}
     assert sum(values[8] for values in times.values()) == pytest.approx(7)
     assert all(0 < values[4] <= values[8] for values in times.values())
+    six = recipe.model_copy(
+        update={"overrides": (*recipe.overrides, Override(match="a1", weights=6))}
+    )
+    fixed = choose_bits(teacher, "9ms", six, images=images, candidates=[4, 8])
+    assert fixed.layers["a1"] == 6, "its time is measured though nobody asked for that width"
     plan = choose_bits(teacher, "7.001ms", recipe, images=images, candidates=[4, 8])
     assert plan.cost == pytest.approx(7), "fixed layers and layers without a choice are part of it"

@@ -100,6 +100,22 @@ def test_a_file_for_another_network_is_refused(teacher, images):
         planned(plan, other, "genie")
 
 
+def test_a_file_that_lacks_a_layer_is_refused(teacher, images, tmp_path):
+    plan, path = choose_bits(teacher, "4.0", images=images), tmp_path / "bits.yaml"
+    fewer = {n: b for n, b in plan.layers.items() if n != "b1"}
+    plan.model_copy(update={"layers": fewer}).save(path)
+    with pytest.raises(UsageError, match=r"not a readable bits file.*: b1"):
+        BitsPlan.load(path)
+    counted = {n: count for n, count in plan.weights.items() if n != "b1"}
+    free = tuple(n for n in plan.free if n != "b1")
+    nowhere = plan.model_copy(update={"layers": fewer, "weights": counted, "free": free})
+    with pytest.raises(UsageError, match=r"other layers than the 7 .*: b1"):
+        planned(nowhere, teacher, "genie")
+    plan.model_copy(update={"format": 3}).save(path)
+    with pytest.raises(UsageError, match="not a readable bits file"):
+        BitsPlan.load(path)
+
+
 FIXED = {"match": "a1", "weights": 6}
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from zsq.bits.costs import Budget
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
-from zsq.bits.plan import BitsPlan, make_plan
+from zsq.bits.plan import BitsPlan, check_budget, make_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
 from zsq.errors import UsageError
@@ -35,6 +36,8 @@ def choose_bits(
     *,
     bits: str | None = None,
     protocol: str | None = None,
+    schedule: Literal["quick", "full"] = "full",
+    settings: Sequence[str] = (),
     candidates: Sequence[int] = CANDIDATES,
     images: Images = None,
     context: Context | None = None,
@@ -52,6 +55,8 @@ def choose_bits(
             overrides give weight bits are not free.
         bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
         protocol: None keeps the recipe's.
+        schedule: as the run that the bits are for; quick schedules may prepare a network otherwise.
+        settings: ``KEY=VALUE`` texts, likewise.
         candidates: bit-widths to choose from.
         images: to measure with; 64 of ZeroQ's are made where there are none.
         context: seed, device, progress.
@@ -65,7 +70,9 @@ def choose_bits(
     context = context or Context()
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     chosen = _checked(candidates)
-    resolved = load_recipe(recipe, bits=bits, protocol=protocol)
+    resolved = load_recipe(
+        recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
+    )
     facts, free = layer_facts(teacher, resolved)
     if not free:
         raise UsageError(
@@ -73,6 +80,7 @@ def choose_bits(
             f"of all {len(facts)} layers of this network; there is nothing to choose. Use --protocol "
             "all-low-bit or drop overrides."
         )
+    fixed = check_budget(teacher, resolved, wanted, facts, free, chosen)
     pictures = _pictures(teacher, images, context)
     with seeded(context.seed, "bits"):
         prepared = prepared_teacher(teacher, resolved, pictures)
@@ -81,7 +89,8 @@ def choose_bits(
             network, pictures.images, free, chosen, resolved.tuning, context
         )
         if wanted.kind == "latency":
-            times = measure_latency(prepared, resolved, pictures, sorted({*chosen, 8}), context)
+            widths = sorted({*chosen, *fixed.values(), 8})
+            times = measure_latency(prepared, resolved, pictures, widths, context)
             facts = {path: replace(fact, milliseconds=times[path]) for path, fact in facts.items()}
     return make_plan(teacher, resolved, wanted, measured, facts)
 

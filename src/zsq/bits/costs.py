@@ -71,10 +71,10 @@ class Budget:
             >>> Budget.parse("1.5 MB")
             Budget(kind='size', amount=1500000.0)
         """
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([A-Za-z]*?)s?\s*", text)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
         unit = match[2].lower() if match else ""
-        if unit == "m":  # "ms" without its s
-            unit = "ms"
+        if unit.endswith("ops"):
+            unit = unit.removesuffix("s")
         if not match or unit not in _UNITS or float(match[1]) <= 0:
             raise UsageError(
                 f"budget {text!r} is not an average like 4.0 (bits per weight), a size like 1.7MB, bit "

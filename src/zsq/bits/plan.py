@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from zsq.artifact.networkfile import fingerprint
 from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of, stored_bytes
 from zsq.bits.layers import fixed_bits
-from zsq.bits.pareto import Choice, Frontier, monotone, pareto_frontier
+from zsq.bits.pareto import Frontier, monotone, pareto_frontier
 from zsq.config import Recipe
 from zsq.errors import UsageError, yaml_problem
 from zsq.quantizers.protocol import place
@@ -26,7 +27,7 @@ from zsq.teacher.teacher import Teacher
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = 2
+FORMAT: Literal[2] = 2
 #: Points of the frontier that a file keeps for its picture.
 POINTS = 200
 Width = Annotated[int, Field(ge=2, le=8)]
@@ -42,7 +43,7 @@ class Point(Part):
 class BitsPlan(Part):
     """Bits for every layer of one network; what ``zsq bits`` writes and every recipe accepts."""
 
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
     model: str
     """What the user typed."""
     network: str
@@ -69,6 +70,13 @@ class BitsPlan(Part):
     """Sensitivity of each free layer at each bit-width, in nats."""
     frontier: tuple[Point, ...]
     """Points of the frontier, cheapest first."""
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        apart = sorted({*self.layers} ^ {*self.weights} | {*self.free} - {*self.layers})
+        if apart:
+            raise ValueError(f"layers, free and weights name different layers: {_listed(apart)}")
+        return self
 
     def average(self) -> float:
         """Return the average bits per weight of the free layers."""
@@ -122,6 +130,12 @@ class BitsPlan(Part):
                 f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
             )
         network = prepared_network(teacher, recipe)
+        placed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
+        if set(placed) != set(self.layers):
+            raise UsageError(
+                f"the bits file names other layers than the {len(placed)} that are quantized: "
+                f"{_listed(sorted(set(placed) ^ set(self.layers)))}; leave the names that `zsq bits` wrote."
+            )
         ours, theirs = fixed_bits(network, self.protocol), fixed_bits(network, recipe.protocol)
         apart = [path for path in self.layers if (path in ours) != (path in theirs)]
         if apart:
@@ -198,15 +212,15 @@ def make_plan(
         UsageError: no choice meets the budget.
     """
     free = list(measured)
-    kind = budget.kind
+    kind, fixed = budget.kind, _fixed(teacher, recipe, free)
     smoothed = {path: monotone(values) for path, values in measured.items()}
     costs = [_distinct({b: cost_of(facts[path], b, kind) for b in smoothed[path]}) for path in free]
     losses = [{b: smoothed[path][b] for b in own} for path, own in zip(free, costs, strict=True)]
     frontier = pareto_frontier(costs, losses)
-    network = prepared_network(teacher, recipe)
-    fixed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
     taken, scale = _unit(kind, free, facts, fixed)
-    choice = _chosen(frontier, budget, taken, scale)
+    cheapest = float(frontier.costs[0])
+    _refuse_unreachable(budget, cheapest, taken, scale)
+    choice = frontier.within(max(budget.amount * scale - taken, cheapest))
     return BitsPlan(
         model=teacher.info.reference, network=fingerprint(teacher.network), protocol=recipe.protocol,
         activations=recipe.bits.activations, kind=kind, budget=str(budget),
@@ -230,20 +244,48 @@ def _unit(
     """Return what makes costs of the free layers amounts of a budget: an addend and a divisor."""
     if kind == "average":
         return 0.0, float(sum(facts[path].weights for path in free))
-    rest = (path for path in fixed if path not in free)
-    return sum(cost_of(facts[path], fixed[path], kind) for path in rest), 1.0
+    return sum(cost_of(facts[path], bits, kind) for path, bits in fixed.items()), 1.0
 
 
-def _chosen(frontier: Frontier, budget: Budget, taken: float, scale: float) -> Choice:
-    """Return the best choice within a budget, said in the budget's own unit where there is none."""
-    cheapest = float(frontier.costs[0])
+def check_budget(
+    teacher: Teacher, recipe: Recipe, budget: Budget, facts: dict[str, LayerFacts], free: list[str],
+    candidates: Sequence[int],
+) -> dict[str, int]:  # fmt: skip
+    """Refuse a budget that nothing meets before anything is measured; times are only known then.
+
+    Returns:
+        The bits of the layers that protocol and overrides fix, by path.
+
+    Raises:
+        UsageError: even the fewest bits everywhere cost more.
+    """
+    fixed = _fixed(teacher, recipe, free)
+    if budget.kind != "latency":
+        costs = ([cost_of(facts[path], b, budget.kind) for b in candidates] for path in free)
+        cheapest = sum(min(own) for own in costs)
+        _refuse_unreachable(budget, cheapest, *_unit(budget.kind, free, facts, fixed))
+    return fixed
+
+
+def _fixed(teacher: Teacher, recipe: Recipe, free: list[str]) -> dict[str, int]:
+    """Return the bits of the layers that are not free."""
+    network = prepared_network(teacher, recipe)
+    placed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
+    return {path: bits for path, bits in placed.items() if path not in free}
+
+
+def _refuse_unreachable(budget: Budget, cheapest: float, taken: float, scale: float) -> None:
+    """Say the smallest possible in the budget's own unit, where that is more than the budget.
+
+    Raises:
+        UsageError: it is.
+    """
     smallest = Budget(budget.kind, (cheapest + taken) / scale)
     if budget.amount * (1 + 1e-9) < smallest.amount:
         raise UsageError(
             f"no choice of bits meets {budget}; the smallest possible is {smallest}"
             f"{_of_fixed(budget, taken)}. Raise --budget or allow fewer bits with --candidates."
         )
-    return frontier.within(max(budget.amount * scale - taken, cheapest))
 
 
 def _of_fixed(budget: Budget, taken: float) -> str:

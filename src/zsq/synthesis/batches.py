@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from zsq.config import Finetuning
-from zsq.errors import UsageError
 from zsq.functional.crop import crop, random_windows
 from zsq.runtime.context import Context
 from zsq.synthesis.images import ImageSet
@@ -102,7 +101,9 @@ class FixedImages:
         self.images = images.images.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             self.logits = torch.cat([network(part) for part in torch.split(self.images, PASS)])
-        self.targets = _one_hot(images.labels, self.logits.shape[1]).to(device)
+        classes = self.logits.shape[1]
+        labels = images.check_labels(classes).labels
+        self.targets = one_hot(labels, classes).float().to(device)
         self.order = torch.empty(0, dtype=torch.long)
 
     def next(self, rate: float) -> Batch:
@@ -126,13 +127,3 @@ class FixedImages:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on with a permutation."""
         self.order = state["order"]
-
-
-def _one_hot(labels: Tensor, classes: int) -> Tensor:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UsageError(
-            f"the images have labels from {low} to {high} but the network has {classes} classes, 0 "
-            f"to {classes - 1}; use images labelled for this network."
-        )
-    return one_hot(labels, classes).float()

@@ -23,7 +23,8 @@ class ImageSet:
 
     Attributes:
         images: (N, C, H, W) float32.
-        labels: (N,) int64; the teacher's own predictions for synthetic images.
+        labels: (N,) int64; for synthetic images the classes they were made for, or the teacher's predictions
+            where the method has none in mind.
         provenance: how they came about: method, settings, model, seed, losses.
     """
 
@@ -118,6 +119,20 @@ class ImageSet:
             )
         if not bool(torch.isfinite(self.images).all()):
             raise UsageError("the images hold NaN or Inf.")
+        return self
+
+    def check_labels(self, classes: int) -> ImageSet:
+        """Return self if every label is one of a network's classes; whoever learns from labels asks.
+
+        Raises:
+            UsageError: a label is not.
+        """
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= classes:
+            raise UsageError(
+                f"the images have labels from {low} to {high} but the network has {classes} classes, 0 "
+                f"to {classes - 1}; use images labelled for this network."
+            )
         return self
 
 
