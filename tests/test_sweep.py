@@ -2,7 +2,9 @@
 """Many runs from one file."""
 
 import json
+import subprocess
 import sys
+import threading
 
 import pytest
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, zsq_json
@@ -18,10 +20,10 @@ settings: [synthesis.images=8, synthesis.steps=2, synthesis.batch=8, tuning.step
 """
 
 
-def write_sweep(folder, recipes, seeds="[0]", data=None):
+def write_sweep(folder, recipes, seeds="[0]", data=None, more=()):
     model = write_model(folder)
     options = [f"{SHAPE[0]}={SHAPE[1]}", f"{NORMALISATION[0]}={NORMALISATION[1]}",
-               f"{NORMALISATION[2]}={NORMALISATION[3]}", "--no-compile", "--no-report"]  # fmt: skip
+               f"{NORMALISATION[2]}={NORMALISATION[3]}", "--no-compile", "--no-report", *more]  # fmt: skip
     text = (
         f"models: [{model}]\nrecipes: {recipes}\nseeds: {seeds}\noptions: {json.dumps(options)}\n"
     )
@@ -30,7 +32,7 @@ def write_sweep(folder, recipes, seeds="[0]", data=None):
     return folder / "sweep.yaml"
 
 
-def in_this_process(arguments, threads):
+def in_this_process(arguments, threads, gpu=None):
     """Stand in for `zsq.sweep._zsq`: the same command without the seconds that a process takes."""
     try:
         cli.app([*arguments, "--json"], standalone_mode=False)
@@ -228,3 +230,28 @@ def test_a_task_that_is_lost_is_a_failed_cell(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", FakeRay())
     ((_, row),) = run_on_ray(lost, ["a"], "auto", workers=1, gpus=0)
     assert row == {"status": "failed", "error": "the task was lost: the node died"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [(["--device=cuda"], {"3", "5"}), (["--device", "cuda"], {"3", "5"}), (["--device=cuda:1"], {None}),
+     ([], {None})],
+)  # fmt: skip
+def test_local_workers_share_out_the_gpus(tmp_path, monkeypatch, options, expected):
+    seen, both = [], threading.Barrier(2, timeout=20)
+
+    def run(command, *, env, **named):
+        both.wait()  # two cells at a time
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return subprocess.CompletedProcess(command, 1, "", "no more of it")
+
+    visible = {"CUDA_VISIBLE_DEVICES": "3,5"} if expected != {None} else {}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in visible.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "run", run)
+    file = write_sweep(tmp_path, "[genie]", "[0, 1, 2, 3]", more=options)
+    rows = run_sweep(Sweep.load(file), tmp_path / "out", workers=2)
+    assert [row["error"] for row in rows] == ["no more of it"] * 4
+    assert set(seen) == expected
+    assert all(seen.count(gpu) == 4 / len(expected) for gpu in expected)

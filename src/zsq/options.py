@@ -22,7 +22,7 @@ class Schedule(enum.StrEnum):
 
 
 class PrecisionChoice(enum.StrEnum):
-    """Precision of synthesis."""
+    """Precision of the passes of synthesis and tuning."""
 
     auto = "auto"
     fp32 = "fp32"

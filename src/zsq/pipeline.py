@@ -84,7 +84,7 @@ def quantize(
             puts their images together.
         seed: every random draw derives from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: of synthesis: ``auto`` is bf16 where the hardware has it.
+        precision: of the passes of synthesis and tuning: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile` for loops long enough to repay it.
         memory: most that block inputs, and a step of GENIE's synthesis, may take on the host, in bytes or
             like ``"8GB"``; None is half of the machine's. Results do not depend on it.

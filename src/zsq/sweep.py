@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, ValidationError
 
@@ -75,6 +77,16 @@ class Sweep(Part):
             True
         """
         return any(option.removeprefix("--device=").startswith("cuda") for option in self.options)
+
+    def gpus(self) -> list[str]:
+        """Return this machine's GPUs that local cells may be dealt out to, as CUDA names them.
+
+        None where no cell asks for a GPU, or all ask for a certain one.
+        """
+        if not {"--device=cuda", "cuda"} & set(self.options):
+            return []
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
     def cells(self) -> list[Cell]:
         """Return every combination."""
@@ -134,7 +146,7 @@ def run_sweep(
     reporter = reporter or QuietReporter()
     work = functools.partial(_run_cell, sweep, place)
     done = (
-        _locally(work, cells, workers)
+        _locally(work, cells, workers, sweep.gpus())
         if ray is None
         else run_on_ray(work, cells, ray, workers=workers, gpus=int(sweep.asks_for_gpu()))
     )
@@ -147,12 +159,23 @@ def run_sweep(
 
 
 def _locally(
-    work: Callable[[Cell, int], dict[str, Any]], cells: list[Cell], workers: int
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Run cells on this machine; yield each with its row when it is done."""
+    work: Callable[[Cell, int, str | None], dict[str, Any]], cells: list[Cell], workers: int, gpus: list[str]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+    """Run cells on this machine, dealt out to its GPUs; yield each with its row when it is done."""
     threads = max(1, (os.cpu_count() or 1) // workers)
+    places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for worker in range(workers):
+        places.put(gpus[worker % len(gpus)] if gpus else None)
+
+    def do(cell: Cell) -> dict[str, Any]:
+        gpu = places.get()
+        try:
+            return work(cell, threads, gpu)
+        finally:
+            places.put(gpu)
+
     with ThreadPoolExecutor(workers) as pool:
-        started = {pool.submit(work, cell, threads): cell for cell in cells}
+        started = {pool.submit(do, cell): cell for cell in cells}
         for future in as_completed(started):
             yield started[future], future.result()
 
@@ -162,17 +185,19 @@ def _named(cell: Cell) -> dict[str, Any]:
     return {**vars(cell), "folder": cell.folder}
 
 
-def _run_cell(sweep: Sweep, place: Path, cell: Cell, threads: int) -> dict[str, Any]:
+def _run_cell(
+    sweep: Sweep, place: Path, cell: Cell, threads: int, gpu: str | None = None
+) -> dict[str, Any]:
     """Quantize and evaluate one cell, each unless it is done; return what became of it.
 
     A finished cell too is asked to resume: only `quantize` can tell whether it is what the sweep says.
     """
     folder = place / cell.folder
-    failure = _zsq(_command(sweep, cell, folder), threads)
+    failure = _zsq(_command(sweep, cell, folder), threads, gpu)
     if failure:
         return {"status": "failed", "error": failure}
     if sweep.data is not None and not _scores(sweep, _record(folder)):
-        failure = _zsq(["evaluate", str(folder), "--data", sweep.data, "--quiet"], threads)
+        failure = _zsq(["evaluate", str(folder), "--data", sweep.data, "--quiet"], threads, gpu)
         if failure:
             return {"status": "not evaluated", "error": failure}
     return {"status": "done"} | _figures(sweep, _record(folder))
@@ -186,9 +211,11 @@ def _command(sweep: Sweep, cell: Cell, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _zsq(arguments: Sequence[str], threads: int) -> str:
-    """Run a command of zsq; return its last line of complaint, or nothing."""
+def _zsq(arguments: Sequence[str], threads: int, gpu: str | None = None) -> str:
+    """Run a command of zsq, which sees one GPU alone if one is named; return its complaint, or nothing."""
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     done = subprocess.run(
         [sys.executable, "-m", "zsq", *arguments], capture_output=True, text=True, check=False,
         env=environment,

@@ -8,7 +8,11 @@ import torch
 
 from zsq.bench.loops import Job
 from zsq.bench.measure import LOOPS
+from zsq.config import Finetuning
+from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
+from zsq.synthesis.batches import FixedImages
+from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import load_teacher
 
 #: Every loop reads its loss in its first step and not again for at least 50.
@@ -43,7 +47,11 @@ class SyncCounter:
                 pass
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        return [
+            str(w.message)
+            for w in caught
+            if "called a synchronizing CUDA operation" in str(w.message)
+        ]
 
 
 @pytest.mark.gpu
@@ -57,6 +65,24 @@ def test_loops_do_not_wait_for_the_device_in_steady_state(name, compile):
     job = Job(load_teacher("zsq:resnet20_cifar10"), policy, batch=16)
     part = next(LOOPS[name](job))
     assert SyncCounter(part.skip).watch(part.drive) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("crop", [None, {"probability": 1.0, "smallest": 0.5}])
+def test_batches_of_a_set_are_not_waited_for(crop):
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no CUDA device")
+    teacher = load_teacher("zsq:resnet20_cifar10")
+    images = ImageSet(torch.randn(64, 3, 32, 32), torch.arange(64) % 10)
+    context = Context(policy=make_policy("cuda", "auto", False))
+    source = FixedImages(teacher, images, Finetuning(batch=16, crop=crop), context)
+
+    def drive(tick):
+        while True:
+            source.next(1.0)
+            tick(1)
+
+    assert SyncCounter(0).watch(drive) == []
 
 
 @pytest.mark.gpu

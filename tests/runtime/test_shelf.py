@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from zsq.errors import RunError, UsageError
-from zsq.runtime.shelf import Shelf, describe, half_of_memory, parse_memory
+from zsq.runtime.policy import Policy
+from zsq.runtime.shelf import Shelf, describe, half_of_memory, host_budget, parse_memory
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,10 @@ def test_the_estimate_counts_what_is_alive_at_once():
     text = describe(Shelf(10**12), [(1, 10**6), (1, 10**8), (1, 10**7)])
     assert "take up to 840 MB" in text  # 2 x 400 MB + 40 MB
     assert "all in memory" in text
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = host_budget(Policy(memory=8_000)), host_budget(Policy())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (host_budget(Policy(memory=8_000)), host_budget(Policy())) == (2_000, alone[1] // 4)
+    assert alone == (8_000, half_of_memory())

@@ -22,13 +22,16 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str, state: dict[str, Tensor]
 ) -> None:
     """Take over what `optimizer_state` returned; learning rates stay as they are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for key, value in state.items():
         if not key.startswith(f"{prefix}."):
             continue
         index, name = key.removeprefix(f"{prefix}.").split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:  # fused kernels walk both in the same memory order
+        parameter, group = owners[int(index)]
+        if name == "step":  # where kernels that never ask the host count their steps
+            counted_there = group.get("fused") or group.get("capturable")
+            value = value.to(parameter.device if counted_there else "cpu")
+        elif value.shape == parameter.shape:  # fused kernels walk both in the same memory order
             value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][name] = value
 

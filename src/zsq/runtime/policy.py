@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -27,8 +27,8 @@ class Policy:
 
     Attributes:
         device: where.
-        dtype: of convolutions and their inputs while images are synthesised; statistics, losses,
-            latents, steps and optimiser state are float32 always.
+        dtype: of convolutions and their inputs while images are synthesised and students tuned; statistics,
+            losses, latents, quantizers, steps and optimiser state are float32 always.
         compile: whether `torch.compile` may be used for loops long enough to repay it.
         memory: bytes that caches over all images may take on the host; None: half of what there is.
             Beyond it they lie in files. Results do not depend on it.
@@ -124,8 +124,7 @@ class Compiled:
         if self.compiled is None:
             return self.function(*arguments)
         try:
-            with warnings.catch_warnings(), self._limit():
-                warnings.simplefilter("ignore")
+            with self._proving():
                 result = self.compiled(*arguments)
         except Exception as error:
             if self.proved:
@@ -141,8 +140,17 @@ class Compiled:
         self.proved = True
         return result
 
-    def _limit(self) -> contextlib.AbstractContextManager[Any]:
-        """Let one method be compiled for many objects; the default gives up, silently, after eight."""
+    @contextlib.contextmanager
+    def _proving(self) -> Iterator[None]:
+        """Let the first call compile all there is, quietly.
+
+        One method may be compiled for many objects; the default gives up, silently, after eight. The
+        backward pass is compiled with the forward pass, so that its failure is one of this call too.
+        """
         if self.proved:
-            return contextlib.nullcontext()
-        return torch._dynamo.config.patch(recompile_limit=256)  # type: ignore[no-any-return]
+            yield
+            return
+        eager = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+        with warnings.catch_warnings(), eager, torch._dynamo.config.patch(recompile_limit=256):
+            warnings.simplefilter("ignore")
+            yield

@@ -52,15 +52,25 @@ def half_of_memory() -> int:
 
 
 def host_budget(policy: Policy) -> int:
-    """Return the bytes of the host's memory that a run's caches may take."""
-    return half_of_memory() if policy.memory is None else policy.memory
+    """Return the bytes of the host's memory that this process's caches may take.
+
+    Processes that `torchrun` started on one machine share what the run may take there.
+    """
+    whole = half_of_memory() if policy.memory is None else policy.memory
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def room_for_work(policy: Policy) -> int:
     """Return the bytes that one step may keep: most of a GPU's free memory, or the host's budget."""
     if policy.device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(policy.device)[0])
+        return int(0.9 * free_memory(policy.device))
     return host_budget(policy)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return a GPU's free bytes, with those that PyTorch keeps for itself and does not use."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
 
 
 @dataclass(frozen=True)

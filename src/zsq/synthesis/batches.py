@@ -112,13 +112,15 @@ class FixedImages:
             fresh = self.group.first_says(torch.randperm(len(self.images)))
             self.order = torch.cat([self.order, fresh])
         chosen, self.order = self.order[: self.size], self.order[self.size :]
-        chosen = self.group.part(chosen).to(self.images.device)
+        # not waited for: the host runs ahead of the device
+        chosen = self.group.part(chosen).to(self.images.device, non_blocking=True)
         share = len(chosen) / self.size
         images, targets = self.images[chosen], self.targets[chosen]
         if self.crop is None:
             return Batch(images, self.logits[chosen], targets, share=share)
         windows = random_windows(len(chosen), self.crop.smallest, self.crop.probability)
-        return Batch(crop(images, windows.to(images.device)), None, targets, share=share)
+        windows = windows.to(images.device, non_blocking=True)
+        return Batch(crop(images, windows), None, targets, share=share)
 
     def state(self) -> dict[str, Tensor]:
         """Return what is left of the current permutation."""

@@ -27,8 +27,10 @@ from zsq.runtime.policy import Compiled, Policy
 from zsq.teacher.layers import operator_name
 from zsq.tuning.pieces import Piece
 
-#: Elements that the steps of a piece put out in all, from which compiling it is repaid.
+#: Elements that the steps of a piece put out in all, from which compiling it is repaid on a CPU.
 REPAID = 2_000_000_000
+#: Steps from which it is on a GPU, where an eager step is some hundred launches of any size (an estimate).
+REPAID_STEPS = 2_000
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """inputs, target, beta, the regulariser's weight, channels' importance -> total loss, reconstruction error."""
@@ -53,6 +55,8 @@ class PieceCompiler:
 
         It depends on sizes alone, not on the clock, so that runs repeat themselves.
         """
+        if self.policy.device.type == "cuda":
+            return self.policy.compile and steps >= REPAID_STEPS
         return self.policy.compile and steps * batch * target[0].numel() >= REPAID
 
     def loss(

@@ -17,7 +17,9 @@ from zsq.functional.schedules import cosine
 from zsq.quantizers.attach import calibrate
 from zsq.quantizers.weight import SoftRoundWeight
 from zsq.runtime.context import Context
+from zsq.runtime.fetching import Fetcher
 from zsq.runtime.policy import Policy
+from zsq.runtime.shelf import free_memory
 from zsq.tuning.compiling import Loss, PieceCompiler
 from zsq.tuning.pieces import Piece, layer_modules, quantizer_modules
 
@@ -75,6 +77,15 @@ class PieceTuner:
         self.masks = RandomMasks(settings.mix)
         self.batch = min(settings.batch, len(problem.target))
         context.group.check_batch(self.batch, "tuning.batch")
+        self.from_teacher, self.from_student, self.target = (
+            Fetcher(tensor, self.batch, context.policy.device)
+            for tensor in (
+                self.problem.from_teacher,
+                self.problem.from_student,
+                self.problem.target,
+            )
+        )
+        self.pulling = tuple(torch.zeros((), device=context.policy.device) for _ in range(2))
         self.optimizers = self._optimizers()
         worth = compiler is not None and compiler.worth(settings.steps, self.batch, problem.target)
         self.compiler = compiler if worth else None
@@ -121,20 +132,16 @@ class PieceTuner:
             quantizer.drop = self.settings.drop
 
     def next_indices(self) -> Tensor:
-        """Return the next batch of image indices: a fresh permutation each epoch, nothing dropped.
+        """Return the next batch of image indices, on the CPU: a fresh permutation each epoch, nothing dropped.
 
         The processes of a group share it: process 0 draws the order, each takes its slice.
         """
         count, batch, group = len(self.problem.target), self.batch, self.context.group
         if len(self.order) < batch:
-            fresh = group.first_says(torch.randperm(count, device=self.problem.target.device))
-            self.order = torch.cat([self.order.to(fresh.device), fresh])
+            fresh = group.first_says(torch.randperm(count))
+            self.order = torch.cat([self.order, fresh])
         indices, self.order = self.order[:batch], self.order[batch:]
         return group.part(indices)
-
-    def take(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return a batch, on the device that computes."""
-        return images[indices].to(self.context.policy.device, non_blocking=True)
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
@@ -172,17 +179,19 @@ class PieceTuner:
                 self.piece, self.quantizers.values(), inputs, power=self.settings.loss_power,
                 policy=self.policy,
             )  # fmt: skip
-        beta, weight = torch.tensor(self.pull(step), device=inputs.device)
+        for held, value in zip(self.pulling, self.pull(step), strict=True):
+            held.fill_(value)  # a new tensor's values would be waited for
+        beta, weight = self.pulling
         return self.compiled(inputs, target, beta, weight, self.problem.importance)
 
     def step(self, step: int) -> Tensor:
         """Make one step; return the reconstruction error of its batch, detached."""
         indices = self.next_indices()
-        inputs = self.take(self.problem.from_teacher, indices)
+        inputs = self.from_teacher.fetch(indices)
         if self.settings.mix > 0:
-            theirs = self.take(self.problem.from_student, indices)
+            theirs = self.from_student.fetch(indices)
             inputs = torch.lerp(inputs, theirs, self.masks.draw(inputs))
-        total, error = self.losses(step, inputs, self.take(self.problem.target, indices))
+        total, error = self.losses(step, inputs, self.target.fetch(indices))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.optimizers:
@@ -221,8 +230,7 @@ def _placed(problem: Problem, device: torch.device) -> Problem:
     tensors = [problem.from_teacher, problem.from_student, problem.target]
     fits = True
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        fits = sum(t.nbytes for t in tensors) <= FREE_SHARE * free
+        fits = sum(t.nbytes for t in tensors) <= FREE_SHARE * free_memory(device)
     ours, theirs, target = (_channels_last(t.to(device) if fits else t) for t in tensors)
     importance = None if problem.importance is None else problem.importance.to(device)
     return Problem(ours, theirs, target, importance)
