@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy lost by quantizing without data, on trained networks that are not part of the package.
 
-One synthesis per seed serves every bit width. Prints one line a run and appends it to a JSON-lines
-file, so that an interrupted benchmark keeps what it has.
+One synthesis per seed serves every bit width, unless a generator learns along with the student. Prints
+one line a run and appends it to a JSON-lines file, so that an interrupted benchmark keeps what it has.
 
     python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 w2a4 --seeds 0 1 2
 """
@@ -18,7 +18,9 @@ from pathlib import Path
 
 import zsq
 from zsq.artifact.runfolder import RunFolder
+from zsq.config import load_recipe
 from zsq.judge import evaluate
+from zsq.preparation import has_a_learning_generator
 from zsq.runtime.progress import make_reporter
 from zsq.synthesis.images import ImageSet
 
@@ -48,7 +50,11 @@ def main() -> None:
     for seed in options.seeds:
         images = None
         for bits in options.bits:
-            row, images = run(options, bits, seed, images)
+            row, made = run(options, bits, seed, images)
+            recipe = load_recipe(
+                options.recipe, schedule=options.schedule, settings=options.settings
+            )
+            images = None if has_a_learning_generator(recipe) else made
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
@@ -81,7 +87,7 @@ def run(
         "agreement": scores["agreement"],
         "onnx": onnx, "onnx_further": round(student - onnx, 2),
         "export": {k: export[k] for k in ("agreement", "fused", "convs", "ratio", "speedup")},
-        "seconds": record["timings"], "total_seconds": round(seconds, 1),
+        "resolved": record["identity"]["recipe"], "seconds": record["timings"], "total_seconds": round(seconds, 1),
     }, made  # fmt: skip
 
 

@@ -165,6 +165,7 @@ def main() -> None:
                     "seed": seed, "schedule": asked.schedule, "settings": asked.settings,
                     "teacher": top, "student": scores[key].top1,
                     "drop": round(top - scores[key].top1, 2), "seconds": round(seconds),
+                    "tuning": tuners[width, name].settings.model_dump(mode="json"),
                 }  # fmt: skip
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row) + "\n")

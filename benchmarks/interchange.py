@@ -10,6 +10,7 @@ at every bit-width. Appends a JSON line a cell.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from zsq.config import load_recipe
+from zsq.config import Recipe, load_recipe
 from zsq.evaluation.folder import load_images, open_folder
 from zsq.evaluation.metrics import evaluate_networks
 from zsq.runtime.context import Context
@@ -34,7 +35,7 @@ SOURCES = ("genie", "hast", "intraq", "zeroq", "gdfq", "noise", "real")
 
 def images_of(source: str, count: int, seed: int, teacher: Teacher, cache: Path) -> ImageSet:
     """Return a source's images, from the cache where they were made before."""
-    path = cache / f"{source}_{count}_{seed}.safetensors"
+    path = cache / f"{source}_{count}_{seed}{_digest(source, count)}.safetensors"
     if not path.exists():
         context = Context(seed, make_policy(), make_reporter())
         _make(source, count, seed, teacher, context).save(path)
@@ -51,10 +52,19 @@ def _make(source: str, count: int, seed: int, teacher: Teacher, context: Context
         folder = open_folder(SHARED / "data" / "cifar10" / "train", input_shape=info.input_shape,
                              mean=info.mean, std=info.std)  # fmt: skip
         return ImageSet(*load_images(folder, count, seed), {"method": "real"})
-    settings = [f"synthesis.images={count}"]
-    return synthesize(
-        teacher, load_recipe(source, schedule="quick", settings=settings), context=context
-    )
+    return synthesize(teacher, _recipe(source, count), context=context)
+
+
+def _recipe(source: str, count: int) -> Recipe:
+    return load_recipe(source, schedule="quick", settings=[f"synthesis.images={count}"])
+
+
+def _digest(source: str, count: int) -> str:
+    """Say what made a source's images, so that those of another recipe of that name are made anew."""
+    if source in {"noise", "real"}:
+        return ""
+    made_by = _recipe(source, count).synthesis.model_dump_json()
+    return "_" + hashlib.sha256(made_by.encode()).hexdigest()[:8]
 
 
 def main() -> None:
@@ -94,7 +104,7 @@ def main() -> None:
                         "teacher": found.scores["teacher"].top1, "student": found.scores["student"].top1,
                         "drop": round(found.difference("teacher", "student").points, 2),
                         "stderr": round(found.difference("teacher", "student").stderr, 2),
-                        "seconds": round(seconds),
+                        "seconds": round(seconds), "tuning": recipe.tuning.model_dump(mode="json"),
                     }  # fmt: skip
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row) + "\n")

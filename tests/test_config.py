@@ -52,6 +52,44 @@ def test_genie_has_the_numbers_of_the_paper():
     assert recipe.protocol == "edges-8bit"
 
 
+def test_recipes_of_optimised_pixels_have_the_numbers_of_the_papers():
+    """arXiv 2001.00281; 2111.09136, section 4.1; 2303.13826, section 4.1, and what was released with them."""
+    zeroq = load_recipe("zeroq")
+    assert zeroq.synthesis.images == 64
+    for name, learning_rate in (("intraq", 1e-4), ("hast", 1e-5)):
+        tuning = load_recipe(name).tuning
+        assert (tuning.batch, tuning.lr, tuning.momentum, tuning.weight_decay) == (
+            256, learning_rate, 0.9, 1e-4,
+        )  # fmt: skip
+        assert (tuning.temperature, tuning.losses.kl, tuning.kl_mean) == (20, 20, "sample")
+        assert tuning.crop.model_dump() == {"probability": 1, "smallest": 0.5}
+        drops = [share * (tuning.steps + tuning.range_steps) for share in tuning.milestones]
+        assert drops == pytest.approx([3300, 7300], abs=1), (
+            "epochs 16 and 36 of 200 steps, warm-up before"
+        )
+    intraq, hast = load_recipe("intraq"), load_recipe("hast")
+    assert (intraq.synthesis.soft_floor, intraq.synthesis.band) == (0.95, (0.05, 0.8))
+    assert (intraq.tuning.losses.ce, intraq.tuning.losses.alignment) == (1, 0)
+    assert (hast.synthesis.losses.cross_entropy, hast.synthesis.difficulty) == (10, 2)
+    assert (hast.tuning.losses.ce, hast.tuning.losses.alignment) == (0, 1000)
+    assert hast.tuning.promotion.epsilon == 0.01
+    hundred = load_recipe("hast-cifar100").tuning
+    assert (hundred.losses.alignment, hundred.promotion.epsilon) == (2000, 0.02)
+    assert (hundred.losses.kl, hundred.lr) == (20, 1e-5)
+    hundred = load_recipe("intraq-cifar100").synthesis
+    assert (hundred.soft_floor, hundred.band) == (0.6, (0.02, 1.0))
+    for name in ("intraq", "hast"):
+        large = load_recipe(name, large=True).tuning
+        assert (large.lr, large.batch, large.steps) == (1e-6, 16, 29400)
+        assert large.milestones[0] * (large.steps + large.range_steps) == pytest.approx(
+            19300, abs=2
+        )
+    large = load_recipe("hast", large=True)
+    assert (large.synthesis.losses.cross_entropy, large.synthesis.difficulty) == (0.1, 0.5)
+    assert large.synthesis.crop.model_dump() == {"probability": 0.5, "smallest": 0.4}
+    assert large.tuning.losses.alignment == 4000
+
+
 def test_settings_reach_nested_fields_and_leave_the_rest():
     recipe = load_recipe(
         "genie",

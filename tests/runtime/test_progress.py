@@ -292,3 +292,41 @@ class TestChoice:
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+class OnAGpu:
+    """A loss that a GPU holds, as far as a task can tell."""
+
+    is_cuda = True
+
+    def __init__(self, value):
+        self.value, self.calls = value, 0
+
+    def __float__(self):
+        self.calls += 1
+        return self.value
+
+
+def test_a_loss_that_a_gpu_holds_is_read_every_fifty_steps_at_most():
+    clock, stream = Clock(), io.StringIO()
+    losses = [OnAGpu(float(step)) for step in range(120)]
+    with PlainReporter(stream, clock).task("tune", 120) as task:
+        for loss in losses:
+            clock.now += 100.0  # every step is shown
+            task.advance(1, loss=loss)
+    read = [step for step, loss in enumerate(losses) if loss.calls]
+    assert read == [0, 50, 100, 119]
+    lines = stream.getvalue().splitlines()
+    assert "loss 0" in lines[40]
+    assert "loss 50" in lines[60]
+    assert "loss 119" in lines[-1]
+
+
+def test_a_loss_that_is_here_is_read_whenever_it_is_shown():
+    clock, stream = Clock(), io.StringIO()
+    with PlainReporter(stream, clock).task("tune", 5) as task:
+        for step in range(5):
+            clock.now += 100.0
+            task.advance(1, loss=torch.tensor(float(step)))
+    found = re.findall(r"loss (\d)", stream.getvalue())
+    assert found == ["0", "1", "2", "3", "4", "4"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from zsq.config import GeneratorSynthesis
 from zsq.errors import RunError
+from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.synthesis import generators, search
 from zsq.synthesis.architecture import CROSSES, OPERATIONS, Cell, published_architectures
@@ -32,6 +33,34 @@ def test_a_search_ends_with_a_valid_architecture_and_is_repeatable(teacher, tmp_
     torch.randn(3)
     assert search_architecture(teacher, FEW, Context(seed=1)) == found
     assert type(found).load(tmp_path / "cells.yaml") == found
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_interrupted_search_ends_like_an_uninterrupted_one(
+    teacher, tmp_path, monkeypatch, after
+):
+    """Before the logits learn, and after."""
+    monkeypatch.setattr(search, "CHECKPOINT_EVERY", 1)
+    ends, keep = {}, search._Search.save
+
+    def save(self, done):
+        keep(self, done)
+        ends[stage] = [p.detach().clone() for p in self.network.parameters()]
+        if stage == "cut" and done == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(search._Search, "save", save)
+    stage = "whole"
+    found = search_architecture(teacher, FEW, Context(seed=1))
+    context = Context(seed=1, checkpoints=Checkpoints(tmp_path))
+    stage = "cut"
+    with pytest.raises(KeyboardInterrupt):
+        search_architecture(teacher, FEW, context)
+    torch.randn(7)
+    stage = "rest"
+    assert search_architecture(teacher, FEW, context) == found
+    assert all(torch.equal(a, b) for a, b in zip(ends["whole"], ends["rest"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(ends["cut"], ends["rest"], strict=True))
 
 
 ONE = (torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import SupportsFloat
 
+#: Steps between two looks at a loss that a GPU holds.
+LOSS_EVERY = 50
 Loss = SupportsFloat | Callable[[], float]
 """A number, a one-element tensor, or a function that returns a number."""
 
@@ -38,6 +40,9 @@ class Task:
         self._period = period
         self._show = show
         self._loss: Loss | None = None
+        self._read: tuple[int, float] | None = (
+            None  # at which step the loss was read last, and what it was
+        )
         self._began = clock()
         self._due = self._began + period
         # Where the rate is counted from: (steps done, time).
@@ -77,11 +82,20 @@ class Task:
         seconds = self._clock() - since
         return (self.done - steps) / seconds if self.done > steps and seconds > 0 else None
 
-    def loss_value(self) -> float | None:
-        """Evaluate the last loss. This may wait for the device."""
+    def loss_value(self, *, newest: bool = True) -> float | None:
+        """Evaluate the last loss. This may wait for the device.
+
+        Args:
+            newest: whatever that costs; else one that a GPU holds is read every 50 steps at most, and what
+                was read before is good enough in between.
+        """
         if self._loss is None:
             return None
-        return float(self._loss() if callable(self._loss) else self._loss)
+        waits = getattr(self._loss, "is_cuda", False)
+        if newest or not waits or self._read is None or self.done - self._read[0] >= LOSS_EVERY:
+            value = float(self._loss() if callable(self._loss) else self._loss)
+            self._read = (self.done, value)
+        return self._read[1] if self._read else None
 
     def facts(self, *, finished: bool = False, with_loss: bool = True) -> str:
         """Describe the state in one line: steps, rate, time left or taken, loss.
@@ -98,7 +112,7 @@ class Task:
             parts.append(f"in {duration(self.elapsed)}")
         elif rate is not None:
             parts.append(f"{duration(max(0, self.total - self.done) / rate)} left")
-        loss = self.loss_value() if with_loss else None
+        loss = self.loss_value(newest=finished) if with_loss else None
         if loss is not None:
             parts.append(f"loss {loss:.4g}")
         return ", ".join(parts)

@@ -22,9 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
+from zsq.runtime.checkpoints import Checkpoints, flat, part_of
 from zsq.runtime.context import Context
+from zsq.runtime.optimizers import (
+    generator_states,
+    optimizer_state,
+    restore_generators,
+    restore_optimizer,
+)
 from zsq.runtime.seeds import seeded
-from zsq.runtime.terms import record_terms
+from zsq.runtime.terms import check_weights, record_terms
 from zsq.synthesis.architecture import CROSSES, OPERATIONS, UPS, Architecture, Cell
 from zsq.synthesis.autorecon import AutoReconGenerator, Edge
 from zsq.synthesis.labels import plain_labels
@@ -33,6 +40,8 @@ from zsq.teacher.teacher import Teacher
 
 #: Steps between two records of the loss, and between two looks for NaN.
 RECORD_EVERY = 50
+#: Steps between two checkpoints.
+CHECKPOINT_EVERY = 200
 ADVICE = (
     "Use the published one with --set synthesis.architecture=published, or try --precision fp32."
 )
@@ -178,7 +187,8 @@ def search_architecture(
     Args:
         teacher: must have batch norms with running statistics.
         settings: how long.
-        context: seed, device, progress.
+        context: seed, device, progress; an interrupted search goes on from its checkpoint. In a group
+            process 0 searches, and keeps none.
 
     Raises:
         UsageError: no batch norm has running statistics.
@@ -186,12 +196,16 @@ def search_architecture(
     """
     with seeded(context.seed, "search"):
         search = _Search(teacher, settings, context)
-        with context.reporter.task("searching a generator", settings.steps) as task:
-            for step in range(settings.steps):
+        start = search.resume()
+        title = "searching a generator"
+        with context.reporter.task(title, settings.steps, completed=start) as task:
+            for step in range(start, settings.steps):
                 loss = search.step(step)
                 if step % RECORD_EVERY == 0 or step == settings.steps - 1:
                     record_terms(context, "search", step, {"loss": loss}, advice=ADVICE)
                 task.advance(1, loss=loss)
+                if (step + 1) % CHECKPOINT_EVERY == 0 or step == settings.steps - 1:
+                    search.save(step + 1)
         return search.network.best()
 
 
@@ -199,6 +213,8 @@ class _Search:
     def __init__(self, teacher: Teacher, settings: SearchSettings, context: Context) -> None:
         policy = context.policy
         self.settings, self.context = settings, context
+        # in a group the others are not here to keep anything with
+        self.checkpoints = context.checkpoints if context.group.size == 1 else Checkpoints()
         self.classes = count_classes(teacher)
         self.network = policy.place(_SuperNetwork(self.classes, teacher.info.input_shape))
         self.objective = GeneratorObjective(
@@ -209,6 +225,26 @@ class _Search:
         weights = [p for p in self.network.parameters() if id(p) not in known]
         self.weight_rule = torch.optim.Adam(weights, lr=settings.weight_lr, betas=(0.5, 0.999))
         self.logit_rule = torch.optim.Adam(logits, lr=settings.logit_lr, weight_decay=1e-3)
+
+    def save(self, done: int) -> None:
+        """Keep everything that the remaining steps depend on, unless it is damaged."""
+        check_weights(self.network.parameters(), done - 1)
+        parts = {"network": self.network.state_dict(), "random": generator_states()}
+        state = flat(parts) | optimizer_state(self.weight_rule, "weights")
+        state |= optimizer_state(self.logit_rule, "logits") | {"done": torch.tensor(done)}
+        self.checkpoints.save("search", state)
+        self.context.flush()
+
+    def resume(self) -> int:
+        """Take over the last checkpoint, if there is one; return the number of steps done."""
+        state = self.checkpoints.load("search")
+        if state is None:
+            return 0
+        self.network.load_state_dict(part_of(state, "network"))
+        restore_optimizer(self.weight_rule, "weights", state)
+        restore_optimizer(self.logit_rule, "logits", state)
+        restore_generators(part_of(state, "random"))
+        return int(state["done"])
 
     def step(self, step: int) -> Tensor:
         """Make one step of the weights and, after the warm-up, one of the logits."""
