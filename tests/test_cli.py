@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as a person types it."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from helpers.runs import FEW, NORMALISATION, SHAPE, write_images, write_model, z
 from safetensors import safe_open
 
 import zsq as package
+from zsq.teacher import inspect as inspecting
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +170,43 @@ def test_the_python_interface():
     )
     assert (student(x) - module(x)).norm() < 0.3 * module(x).norm()
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.ENOTDIR, False)]
+)
+def test_a_disk_that_takes_no_more_is_one_sentence(monkeypatch, capsys, number, told):
+    def refuse(*arguments, **named):
+        raise OSError(number, os.strerror(number), "run/checkpoints")
+
+    monkeypatch.setattr(inspecting, "inspect_teacher", refuse)
+    if not told:
+        with pytest.raises(OSError, match="checkpoints"):
+            zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
+        return
+    code, out, err = zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"zsq: cannot write (run/checkpoints): {os.strerror(number)}. What was")
+    assert "--resume" in err
+
+
+def test_a_run_that_ends_without_an_integer_file_says_so_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), "
+        "nn.ReLU(), nn.ConvTranspose2d(4, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()\n"
+    )
+    run = tmp_path / "run"
+    code, _, err = zsq(
+        monkeypatch,
+        capsys,
+        "quantize",
+        f"{tmp_path / 'net.py'}:build",
+        *SHAPE,
+        *FEW,
+        "--no-compile",
+        "-o",
+        run,
+    )
+    assert code == 1
+    assert err.index("1 layers stay in float (conv_transpose2d") < err.index("would run in float")
+    assert (run / "student.safetensors").exists()

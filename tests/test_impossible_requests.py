@@ -16,6 +16,9 @@ SETTINGS = FEW[1:10:2]
 
 #: Labels of a network of more classes.
 LABELLED = ImageSet(torch.randn(8, 3, 8, 8), torch.arange(8))
+NOISE = torch.randn(8, 3, 8, 8)
+#: An override of what the first layer reads, which is the image, in float.
+FIRST = load_recipe("genie", overrides=[{"match": "0", "activations": 8}])
 #: A recipe whose student learns from labels.
 LEARNS = load_recipe("genie", tuning={"method": "finetune", "steps": 1})
 
@@ -46,6 +49,8 @@ def ask(out, network, **more):
     (without_norms, {"images": torch.randn(8, 3, 9, 9)}, "shape"),
     (without_norms, {"images": torch.randn(8, 3, 8, 8), "memory": -5}, "-5"),
     (without_norms, {"images": LABELLED, "recipe": LEARNS}, "5 classes, 0 to 4"),
+    (without_norms, {"images": torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)}, r"uint8.*/ 255"),
+    (without_norms, {"images": NOISE, "recipe": FIRST}, "'0' gives activations 8 bits, and protocol"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):
     with pytest.raises(UsageError, match=says):

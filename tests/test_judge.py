@@ -8,7 +8,9 @@ import pytest
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq
 
 from zsq import quantize
+from zsq.artifact.runfolder import RunFolder
 from zsq.config import load_recipe
+from zsq.errors import RunError
 
 FEW = ["synthesis.images=4", "synthesis.batch=4", "synthesis.steps=1", "tuning.steps=0"]
 
@@ -74,3 +76,18 @@ def test_a_folder_of_other_classes_leaves_no_result(
     assert "5 classes" in err
     assert (made / "run" / "run.json").read_text() == before
     assert "evaluation" not in json.loads(before)["results"]
+
+
+def test_a_result_that_cannot_be_kept_is_still_shown(made, monkeypatch, capsys, tmp_path):
+    run, images = tmp_path / "run", made / "images"
+    shutil.copytree(made / "run", run)
+
+    def refuse(self):
+        raise RunError("cannot write run.json: Read-only file system")
+
+    monkeypatch.setattr(RunFolder, "save", refuse)
+    code, out, err = zsq(monkeypatch, capsys, "evaluate", run, "--data", images, "--json")
+    assert code == 0
+    assert "top1" in json.loads(out)["student"]
+    code, out, err = zsq(monkeypatch, capsys, "evaluate", run, "--data", images)
+    assert "the result is not kept in the run: cannot write" in err

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from helpers.networks import Inverted, Net, Residual, conv, randomise, smooth_images
-from helpers.students import SHAPE, recipe, same_weights, teacher_of
+from helpers.networks import (
+    Inverted,
+    Net,
+    Residual,
+    conv,
+    randomise,
+    smooth_images,
+    with_own_statistics,
+)
+from helpers.students import SHAPE, recipe, same_weights, teacher_of, tuned
 
-from zsq.config import Override
+import zsq
+from zsq.config import Override, load_recipe
 from zsq.errors import UsageError
+from zsq.export.deploy import to_integer
 from zsq.functional.affine import Grid
 from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight
+from zsq.runtime.context import Context
+from zsq.runtime.policy import make_policy
 from zsq.student import attach, calibrate_student, prepared_network
 from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import load_teacher
@@ -210,3 +222,38 @@ def test_dead_channels_and_constant_tensors_do_no_harm():
     x = smooth_images(4)
     assert bool(torch.isfinite(student(x)).all())
     assert torch.allclose(student(x), own(x), atol=0.05 * float(own(x).abs().max()))
+
+
+def test_the_steps_in_a_row_are_what_quantize_does():
+    """With channels equalized by learned factors, which `attach` alone would leave out."""
+    settings = ["tuning.steps=4", "tuning.equalize_steps=3", "tuning.batch=8", "synthesis.images=16",
+                "synthesis.batch=16", "synthesis.steps=3", "equalize=0.5"]  # fmt: skip
+    teacher = teacher_of()
+    torch.manual_seed(0)
+    module = with_own_statistics(Residual())
+    asked = load_recipe("genie", bits="w4a4", settings=settings)
+    whole = zsq.quantize(module, asked, input_shape=SHAPE, precision="fp32", compile=False)
+    context = Context(0, make_policy(precision="fp32", compile=False))
+    images = zsq.synthesize(teacher, asked, context=context)
+    ready, student = zsq.prepare(teacher, asked, images, context=context)
+    student = zsq.tune(ready, student, images, context=context)
+    assert same_weights(student, whole)
+    assert not torch.equal(
+        ready.network.get_submodule("a1").weight,
+        prepared_network(teacher, asked).get_submodule("a1").weight,
+    )
+
+
+@pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])
+def test_what_rounding_learned_in_a_depthwise_layer_of_eight_bits_is_deployed(protocol):
+    teacher = teacher_of(Inverted)
+    student = tuned(teacher, bits="w8a8", protocol=protocol)
+    deployed = to_integer(student, smooth_images(16))
+    kept = {path: layer for path, layer in student.layers().items() if layer.is_depthwise}
+    assert set(kept) == {"dw"}
+    for path, layer in kept.items():
+        assert torch.equal(deployed.layers()[path].frozen.integers, layer.frozen.integers)
+        assert torch.equal(deployed.layers()[path].frozen.scale, layer.frozen.scale)
+        assert layer.frozen.zero_point.tolist() == [128] * len(layer.frozen.zero_point)
+    narrow = attach(teacher, recipe(bits="w4a4", protocol=protocol)).layers()["dw"].weight
+    assert narrow.zero_point.unique().numel() > 1

@@ -17,7 +17,7 @@ from zsq.bits.choose import choose_bits
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save
-from zsq.stages import synthesize, tune, tune_with_generator
+from zsq.stages import prepare, synthesize, tune, tune_with_generator
 from zsq.student import Student, attach
 from zsq.teacher.inspect import inspect_teacher as inspect
 from zsq.teacher.teacher import Teacher, load_teacher
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_teacher",
+    "prepare",
     "quantize",
     "save",
     "synthesize",

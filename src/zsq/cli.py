@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 
 from zsq.cli_bench import measuring
 from zsq.cli_study import study
-from zsq.errors import ToldError, ZsqError
+from zsq.errors import RunError, ToldError, ZsqError
 from zsq.options import (
     AllowPickle,
     BitsOption,
@@ -43,6 +44,12 @@ from zsq.options import (
 
 #: What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
+#: What a file system answers that takes no more, or nothing at all.
+_REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_KEPT = (
+    "What was there before is untouched; free some space or make the folder writable, then run the command "
+    "again (`quantize` with --resume)."
+)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -255,6 +262,12 @@ def main() -> None:
     except ZsqError as error:
         _tell(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _REFUSED_WRITES:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _tell(RunError(f"cannot write{where}: {error.strerror}. {_KEPT}"))
+        sys.exit(RunError.exit_code)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             sys.stderr.write(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
-from zsq.errors import UsageError
+from zsq.errors import RunError, UsageError
 from zsq.evaluation.folder import open_for
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
@@ -104,7 +104,10 @@ def evaluate(
     if path.is_dir():
         run = RunFolder.open(path)
         run.record["results"]["evaluation"] = result
-        run.save()
+        try:
+            run.save()
+        except RunError as error:  # what was measured is not lost with it
+            reporter.note(f"the result is not kept in the run: {error}")
     return result
 
 

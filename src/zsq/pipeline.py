@@ -18,6 +18,7 @@ from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import read_plan
 from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.export.parity import ExportReport
+from zsq.requests import check_request, warn_of_floating
 from zsq.running import carry_out, export_run, make_student
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
@@ -27,7 +28,7 @@ from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.runtime.shelf import parse_memory
-from zsq.stages import Images, check_request, produce
+from zsq.stages import Images, produce
 from zsq.student import Student
 from zsq.teacher.teacher import load_teacher, shape_of
 
@@ -123,6 +124,8 @@ def quantize(
     begun = out is not None and (Path(out) / "run.json").exists()
     if not begun:  # else it was checked when it was
         check_request(teacher, resolved, images, group)
+        if out is not None and reporter is not None and group.rank == 0:
+            warn_of_floating(teacher, reporter)
     policy = make_policy(
         device, precision, compile, None if memory is None else parse_memory(memory)
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -20,70 +21,24 @@ from zsq.config import (
     Reconstruction,
     load_recipe,
 )
-from zsq.errors import UsageError
-from zsq.evaluation.folder import ImageFolder, load_images, open_for
+from zsq.evaluation.folder import load_images, open_for
 from zsq.preparation import has_a_learning_generator, prepared
-from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
-from zsq.runtime.group import Group
 from zsq.runtime.seeds import seeded
 from zsq.settings import OneSynthesis
-from zsq.student import Student, attach, calibrate_student, prepared_network
+from zsq.student import Student, attach, calibrate_student
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner
-from zsq.synthesis.objective import count_classes
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.synthesis.warming import synthesize_with_generator, warmed_generator
-from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
-from zsq.tuning.objective import check_terms
 from zsq.tuning.reconstruct import reconstruct
 from zsq.tuning.starting import begin_with_reconstruction
 
 Images = ImageSet | Tensor | str | Path | None
-
-
-def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group) -> None:
-    """Find out what cannot work before a run is begun, whose folder would be in the way afterwards.
-
-    Args:
-        teacher: stays as it is.
-        recipe: resolved.
-        images: of process 0; what the others hold is a name.
-        group: the processes of the run.
-
-    Raises:
-        UsageError: nothing to quantize, nothing to synthesise images from or to
-            compare features of, or unsuitable images.
-    """
-    place(prepared_network(teacher, recipe), recipe.protocol, recipe.bits, recipe.overrides)
-    check_terms(teacher, recipe)
-    if images is None:
-        tap_batch_norms(teacher.network)
-    if group.rank or images is None:
-        return
-    if isinstance(images, Tensor):
-        images = ImageSet(images, torch.zeros(len(images)))
-    if isinstance(images, ImageSet):
-        images.check(teacher.info.input_shape)
-        if isinstance(recipe.tuning, Finetuning):
-            images.check_labels(count_classes(teacher))
-    else:
-        opened = open_for(teacher.info, images)
-        if isinstance(recipe.tuning, Finetuning):
-            _check_folders(opened, count_classes(teacher))
-
-
-def _check_folders(opened: ImageFolder, classes: int) -> None:
-    """Refuse a folder with images of more classes than a network has."""
-    if len(opened.classes) > classes:
-        raise UsageError(
-            f"{opened.root} holds {len(opened.classes)} class folders but the network has {classes} "
-            "classes; this recipe learns from labels, so leave a folder for each of them, in their order."
-        )
 
 
 def synthesize(
@@ -254,6 +209,28 @@ def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) 
     return tune(ready, student, images, context=context)
 
 
+def prepare(
+    teacher: Teacher, recipe: Recipe | str = "genie", images: ImageSet | None = None, *,
+    context: Context | None = None,
+) -> tuple[Teacher, Student]:  # fmt: skip
+    """Do everything between images and tuning that a recipe says: fold, equalize, put quantizers on.
+
+    Args:
+        teacher: from `load_teacher`; stays as it is.
+        recipe: its protocol, bits, and how channels are equalized.
+        images: which say how large channels are; None where a generator is still to make them.
+        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
+
+    Returns:
+        The teacher to tune against, which computes the same, and the student, for `tune`.
+
+    Raises:
+        UsageError: nothing to quantize, or an override that matches nothing.
+        RunError: the loss became NaN while channels' factors were learned.
+    """
+    return attached(teacher, load_recipe(recipe), images, context or Context())
+
+
 def attached(
     teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
 ) -> tuple[Teacher, Student]:
@@ -290,10 +267,8 @@ def _given_or_read(
     if isinstance(images, ImageSet):
         return images.check(shape)
     if isinstance(images, Tensor):
-        given = ImageSet(
-            images.float(), torch.zeros(len(images), dtype=torch.long), {"method": "given"}
-        )
-        given.check(shape)
+        given = ImageSet(images, torch.zeros(len(images), dtype=torch.long), {"method": "given"})
+        given = replace(given.check(shape), images=images.float())
         return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
     opened = open_for(teacher.info, images)
     pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)

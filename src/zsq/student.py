@@ -83,7 +83,9 @@ def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:
 
 
 def attach(teacher: Teacher, recipe: Recipe) -> Student:
-    """Put a recipe's quantizers on a copy of the teacher.
+    """Put a recipe's quantizers on a copy of the teacher, folded where the recipe says so.
+
+    `zsq.stages.prepare` equalizes channels before, as `zsq.quantize` does.
 
     For reconstruction weights start on their searched grid: learned rounding where there are steps,
     the nearest code where there are none. For fine-tuning they are master weights on a min-max grid
@@ -103,7 +105,11 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     network = prepared_network(teacher, recipe)
     placement = place(network, recipe.protocol, recipe.bits, recipe.overrides)
     quantize_layers(
-        network, placement, lambda layer, bits: weight_quantizer(layer.weight, bits, recipe.tuning)
+        network,
+        placement,
+        lambda layer, bits: weight_quantizer(
+            layer.weight, bits, recipe.tuning, centred=layer.is_depthwise and bits == 8
+        ),
     )
     insert_quantizers(network, placement, lambda bits: _activation_quantizer(bits, recipe.tuning))
     student = Student(network, placement, teacher.info, recipe)
@@ -113,13 +119,23 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     return student.to(device).eval()
 
 
-def weight_quantizer(weight: Tensor, bits: int, tuning: Tuning) -> nn.Module:
-    """Return what a weight goes through while it is tuned as the recipe says."""
+def weight_quantizer(
+    weight: Tensor, bits: int, tuning: Tuning, *, centred: bool = False
+) -> nn.Module:
+    """Return what a weight goes through while it is tuned as the recipe says.
+
+    Args:
+        weight: (C, ...) of the teacher.
+        bits: 2 to 8.
+        tuning: of the recipe.
+        centred: search grids with zero in the middle. Depthwise layers of 8 bits are deployed on such
+            ones (`zsq.export.deploy`), and what rounding learned on another would be rounded again.
+    """
     if isinstance(tuning, Finetuning):
         return MinMaxWeight(weight, bits)
     if isinstance(tuning, RangeCalibration) and tuning.weights == "minmax":
         return MinMaxWeight(weight, bits).freeze()
-    grid = search_weight_grid(weight, bits, power=tuning.power)
+    grid = search_weight_grid(weight, bits, power=tuning.power, centred=centred)
     if isinstance(tuning, RangeCalibration) or tuning.steps == 0:
         return round_to_nearest(weight, bits, grid)
     return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)

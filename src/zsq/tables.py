@@ -122,6 +122,11 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
             "No batch norm has running statistics: images cannot be synthesised from this network; "
             "quantize it with --images FOLDER."
         )
+    if found.floating:
+        yield (
+            f"These stay in float under every protocol: {escape(', '.join(found.floating))}. An ONNX file with "
+            "them is kept only with `zsq export RUN --allow-partial`."
+        )
     units = new_table("reconstruction units", "unit", "layers")
     for unit in found.units:
         units.add_row(escape(unit["name"]), str(len(unit["layers"])))

@@ -3,7 +3,9 @@ import pytest
 import torch
 from helpers.families import randomise, read
 from helpers.networks import Residual, images
+from torch import nn
 
+from zsq.tables import inspection_tables
 from zsq.teacher.graph import export_module
 from zsq.teacher.inspect import count_macs, inspect_teacher
 from zsq.teacher.teacher import load_teacher
@@ -110,3 +112,32 @@ def test_expected_bytes_are_packed_codes_scales_zero_points_and_biases():
     four = (6 * 4 * 9 + 6 * 6 * 9 + 6 * 4 + 2 * 6 * 6 * 9) // 2
     channels = 4 + 5 * 6 + 5  # a float scale, a byte of zero point and a 32-bit bias each
     assert facts.protocols["edges-8bit"]["bytes"] == eight + four + 9 * channels
+
+
+class Everything(nn.Module):
+    """Parameters outside layers and batch norms, and convolutions that nobody quantizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bend = nn.Conv2d(3, 4, 3), nn.PReLU(4)
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.norm, self.head = nn.LayerNorm([4, 12, 12]), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.norm(self.up(self.bend(self.stem(x))))
+        own = x.mean((0, 2, 3)).reshape(4, 1, 1, 1)
+        x = nn.functional.conv2d(x, own.expand(4, 1, 1, 1), groups=4)
+        return self.head(x.mean((2, 3)))
+
+
+def test_inspection_counts_what_other_operators_hold_and_names_what_stays_float(capsys):
+    module = Everything()
+    facts = inspect_teacher(load_teacher(module, input_shape=SHAPE))
+    assert facts.parameters == sum(p.numel() for p in module.parameters())
+    assert [name.split("(")[1] for name in facts.floating] == ["conv_transpose2d)", "conv2d)"]
+    rest = 4 + 4 * 4 * 4 + 4 + 2 * 4 * 144  # PReLU, transposed convolution, layer norm
+    packed = 4 * 27 + 4 * 5 + 9 * (4 + 5)
+    assert facts.protocols["edges-8bit"]["bytes"] == packed + 4 * rest
+    text = "".join(map(str, inspection_tables(facts)))
+    assert "stay in float under every protocol" in text
+    assert not inspect_teacher(load_teacher(residual(), input_shape=SHAPE)).floating

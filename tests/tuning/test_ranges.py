@@ -9,11 +9,12 @@ from torch import nn
 from zsq.config import Finetuning, load_recipe
 from zsq.errors import RunError, UsageError
 from zsq.quantizers.minmax import TrackedActivation
+from zsq.requests import check_request
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
 from zsq.runtime.metrics import MetricsLog, read_metrics
-from zsq.stages import check_request, tune
+from zsq.stages import tune
 from zsq.student import attach
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.images import ImageSet

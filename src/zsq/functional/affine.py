@@ -214,8 +214,9 @@ def search_weight_grid(
     power: float = 2.4,
     candidates: int = 100,
     zero_in_range: bool = True,
+    centred: bool = False,
 ) -> Grid:
-    """Find each output channel's asymmetric grid: min and max shrunk together (GENIE, BRECQ).
+    """Find each output channel's grid: min and max shrunk together (GENIE, BRECQ).
 
     Args:
         weight: (C, ...) float tensor.
@@ -224,6 +225,7 @@ def search_weight_grid(
         candidates: ratios tried: 1, 1 - 1/candidates, ... 1/candidates.
         zero_in_range: extend one-sided channels to contain 0, so that the zero point is a code.
             Integer hardware needs it; the published code does without.
+        centred: put every zero point in the middle, as some integer kernels ask for.
 
     Returns:
         Scale and zero point of shape (C,).
@@ -234,9 +236,13 @@ def search_weight_grid(
         True
     """
     flat = weight.detach().flatten(1).float()
+    low, high, middle = flat.amin(1), flat.amax(1), None
+    if centred:
+        high = torch.maximum(low.abs(), high.abs())
+        low, middle = -high, 2 ** (bits - 1)
     return _search(
-        flat, flat.amin(1), flat.amax(1), bits,
-        power=power, candidates=candidates, zero_in_range=zero_in_range,
+        flat, low, high, bits,
+        power=power, candidates=candidates, zero_in_range=zero_in_range, fixed_zero_point=middle,
     )  # fmt: skip
 
 

@@ -200,6 +200,27 @@ def _override(
                 activations[source] = override.activations
 
 
+def check_overrides(
+    network: GraphModule, placement: Placement, overrides: Iterable[Override]
+) -> None:
+    """Refuse an override of activations that are not quantized: what it asks for would not be done.
+
+    Raises:
+        UsageError: none of the layers that it matches reads a quantized tensor.
+    """
+    for override in overrides:
+        matched = [
+            node for node in layer_nodes(network) if fnmatchcase(str(node.target), override.match)
+        ]
+        read = {origin(tensor_inputs(node)[0]).name for node in matched}
+        if override.activations is not None and not read & set(placement.activations):
+            raise UsageError(
+                f"the override for {override.match!r} gives activations {override.activations} bits, and "
+                f"protocol {placement.protocol!r} leaves what those layers read in float; leave `activations` "
+                "out, or choose another protocol."
+            )
+
+
 def extend_to_integer(network: GraphModule, placement: Placement) -> Placement:
     """Return the ``integer`` placement that keeps every choice of ``placement``.
 

@@ -117,6 +117,11 @@ class ImageSet:
                 f"there are {len(self)} images and labels of shape {tuple(self.labels.shape)}; every "
                 "image needs one label."
             )
+        if not self.images.is_floating_point():
+            raise UsageError(
+                f"the images are {self.images.dtype}, not the normalised floats that the network takes; for pixels "
+                "from 0 to 255 pass (pixels / 255 - mean) / std."
+            )
         if not bool(torch.isfinite(self.images).all()):
             raise UsageError("the images hold NaN or Inf.")
         return self

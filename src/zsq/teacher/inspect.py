@@ -15,10 +15,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq.config import Bits, Override
 from zsq.quantizers.protocol import PROTOCOLS, Placement, place
 from zsq.teacher.fold import find_pairs, fold_batch_norms, module_of
-from zsq.teacher.layers import BatchNorm, Layer
+from zsq.teacher.layers import BatchNorm, Layer, operator_name
 from zsq.teacher.taps import batch_norm_nodes
 from zsq.teacher.teacher import Teacher
 from zsq.teacher.units import find_units
+
+#: How the names of convolutions begin; those that are quantized are modules, not functions.
+_CONVOLUTIONS = ("aten.conv", "aten._conv")
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,12 @@ class Inspection:
     Attributes:
         model: what the user typed.
         input_shape: (C, H, W).
-        parameters: number of parameters.
+        parameters: number of parameters, and of what else operators hold in float.
         macs: multiply-accumulates of one image in convolutions and linear layers.
         float_bytes: parameters in float32.
         batch_norms: paths of batch norms with stored statistics.
         pairs: (layer, batch norm) paths that fold.
+        floating: heavy operators that no protocol quantizes, see `floating_layers`.
         units: reconstruction units: name and layers.
         protocols: per protocol: layers and tensors per bit-width, expected bytes of the weights.
         layers: per layer: path, kind, weight shape, MACs, bits per protocol.
@@ -45,6 +49,7 @@ class Inspection:
     float_bytes: int
     batch_norms: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
+    floating: tuple[str, ...]
     units: tuple[dict[str, Any], ...]
     protocols: dict[str, dict[str, Any]]
     layers: tuple[dict[str, Any], ...]
@@ -79,6 +84,27 @@ def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, 
     return dict(counter.macs)
 
 
+def count_constants(network: GraphModule) -> int:
+    """Return how many numbers operators other than layers and batch norms hold: PReLU, LayerNorm, embeddings."""
+    holder = network._modules.get("constants")
+    held = [] if holder is None else [b for b in holder.buffers() if b.is_floating_point()]
+    return sum(b.numel() for b in held)
+
+
+def floating_layers(network: GraphModule) -> tuple[str, ...]:
+    """Return the convolutions that no protocol quantizes, as ``name (operator)``.
+
+    Transposed ones, and those whose weights are computed from the input. They stay float, and an
+    integer file of the network is refused.
+    """
+    found = []
+    for node in network.graph.nodes:
+        name = operator_name(node.target)
+        if node.op == "call_function" and name.startswith(_CONVOLUTIONS):
+            found.append(f"{node.name} ({name.split('.')[1]})")
+    return tuple(found)
+
+
 def inspect_teacher(
     teacher: Teacher, bits: Bits | None = None, overrides: Iterable[Override] = ()
 ) -> Inspection:
@@ -97,7 +123,7 @@ def inspect_teacher(
     placements = {name: place(folded, name, bits, tuple(overrides)) for name in PROTOCOLS}
     macs = count_macs(folded, teacher.info.input_shape)
     network = teacher.network
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters = sum(p.numel() for p in network.parameters()) + count_constants(network)
     return Inspection(
         model=teacher.info.reference,
         input_shape=teacher.info.input_shape,
@@ -106,6 +132,7 @@ def inspect_teacher(
         float_bytes=4 * parameters,
         batch_norms=tuple(str(n.target) for n in batch_norm_nodes(network)),
         pairs=tuple((p.layer, p.batch_norm) for p in find_pairs(network)),
+        floating=floating_layers(folded),
         units=tuple({"name": u.name, "layers": list(u.layers)} for u in find_units(folded)),
         protocols={name: _summary(folded, p) for name, p in placements.items()},
         layers=tuple(
@@ -137,7 +164,7 @@ def _summary(network: GraphModule, placement: Placement) -> dict[str, Any]:
             5 + (4 if layer.bias is not None else 0)
         )
     rest = [m for m in network.modules() if isinstance(m, BatchNorm)]
-    size += sum(16 * m.running_mean.numel() for m in rest)
+    size += sum(16 * m.running_mean.numel() for m in rest) + 4 * count_constants(network)
     return {
         "weights": dict(sorted(Counter(f"{b} bits" for b in placement.weights.values()).items())),
         "activations": dict(sorted(Counter(f"{b} bits" for b in placement.activations.values()).items())),

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is found out about a request before a run is begun: what cannot work, and what will not come of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zsq.config import Finetuning, Recipe
+from zsq.errors import UsageError
+from zsq.evaluation.folder import ImageFolder, open_for
+from zsq.quantizers.protocol import check_overrides, place
+from zsq.runtime.group import Group
+from zsq.runtime.progress import Reporter
+from zsq.stages import Images
+from zsq.student import prepared_network
+from zsq.synthesis.images import ImageSet
+from zsq.synthesis.objective import count_classes
+from zsq.teacher.inspect import floating_layers
+from zsq.teacher.taps import tap_batch_norms
+from zsq.teacher.teacher import Teacher
+from zsq.tuning.objective import check_terms
+
+
+def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group) -> None:
+    """Find out what cannot work before a run is begun, whose folder would be in the way afterwards.
+
+    Args:
+        teacher: stays as it is.
+        recipe: resolved.
+        images: of process 0; what the others hold is a name.
+        group: the processes of the run.
+
+    Raises:
+        UsageError: nothing to quantize, nothing to synthesise images from or to
+            compare features of, or unsuitable images.
+    """
+    network = prepared_network(teacher, recipe)
+    placed = place(network, recipe.protocol, recipe.bits, recipe.overrides)
+    check_overrides(network, placed, recipe.overrides)
+    check_terms(teacher, recipe)
+    if images is None:
+        tap_batch_norms(teacher.network)
+    if group.rank or images is None:
+        return
+    if isinstance(images, Tensor):
+        images = ImageSet(images, torch.zeros(len(images)))
+    if isinstance(images, ImageSet):
+        images.check(teacher.info.input_shape)
+        if isinstance(recipe.tuning, Finetuning):
+            images.check_labels(count_classes(teacher))
+    else:
+        opened = open_for(teacher.info, images)
+        if isinstance(recipe.tuning, Finetuning):
+            _check_folders(opened, count_classes(teacher))
+
+
+def _check_folders(opened: ImageFolder, classes: int) -> None:
+    """Refuse a folder with images of more classes than a network has."""
+    if len(opened.classes) > classes:
+        raise UsageError(
+            f"{opened.root} holds {len(opened.classes)} class folders but the network has {classes} "
+            "classes; this recipe learns from labels, so leave a folder for each of them, in their order."
+        )
+
+
+def warn_of_floating(teacher: Teacher, reporter: Reporter) -> None:
+    """Say before a long run that no integer file will come of it."""
+    found = floating_layers(teacher.network)
+    if found:
+        reporter.note(
+            f"{len(found)} layers stay in float ({', '.join(found[:3])}): the student is quantized and kept, and "
+            "its ONNX file refused; `zsq export RUN --allow-partial` writes it all the same"
+        )
