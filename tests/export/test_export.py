@@ -54,6 +54,23 @@ def test_the_file_computes_what_the_simulation_does_in_integers(tmp_path, make, 
     assert report.fused == report.convs > 0
     assert report.fused_matmuls == report.matmuls == 1
     assert report.agreement == 100
+    assert report.identical == 100
+
+
+@pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])
+def test_what_the_added_edges_cost_is_reported(tmp_path, protocol):
+    teacher = teacher_of(Residual)
+    student, images = tuned(teacher, bits="w4a4", protocol=protocol), image_set(64, seed=9).images
+    report, integer = export_student(
+        student, fold_batch_norms(teacher.network), images, tmp_path / "n.onnx"
+    )
+    with torch.no_grad():
+        before, after = student(images), IntegerSimulation(integer)(images)
+    same = float((before.argmax(1) == after.argmax(1)).double().mean())
+    gap = before.softmax(1) * (before.log_softmax(1) - after.log_softmax(1))
+    assert report.student_agreement == pytest.approx(100 * same)
+    assert report.student_divergence == pytest.approx(float(gap.sum(1).mean()), rel=1e-3, abs=1e-7)
+    assert report.student_divergence > 0, "biases on the accumulator's grid, at least"
 
 
 @pytest.mark.parametrize("make", [SplitAttention, DecomposedSplitAttention])

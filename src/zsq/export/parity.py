@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from zsq.errors import RunError
 from zsq.export.fusion import Fusion, read_fusion
 from zsq.export.onnx import INPUT
+from zsq.functional.losses import kl_divergence
 
 _BATCH = 64
 #: Timing stops after this many seconds, at least `_LEAST` runs of each file.
@@ -41,6 +42,9 @@ class ExportReport:
         max_step_difference: largest difference of a logit, in steps of an 8-bit grid over the range
             of the simulation's logits: ``(max - min) / 255``.
         identical: share of logits that are the same float, in per cent.
+        student_agreement: images with the same top-1 class in simulation and student, in per cent: what the
+            8-bit edges cost that export adds where the student's protocol left them float.
+        student_divergence: Kullback-Leibler divergence from student to simulation, in nats an image.
         images: number of images compared.
         fused: convolutions that run in integers.
         convs: convolutions in the file.
@@ -60,6 +64,8 @@ class ExportReport:
     agreement: float
     max_step_difference: float
     identical: float
+    student_agreement: float
+    student_divergence: float
     images: int
     fused: int
     convs: int
@@ -81,7 +87,7 @@ class ExportReport:
 
 def measure(
     simulation: nn.Module, path: Path | str, float_path: Path | str, images: Tensor, *,
-    target: str, threads: int | None = None,
+    student: nn.Module, target: str, threads: int | None = None,
 ) -> ExportReport:  # fmt: skip
     """Compare an exported file with the simulation and with the float file.
 
@@ -90,6 +96,7 @@ def measure(
         path: the integer file.
         float_path: the float file.
         images: (N, C, H, W), normalised.
+        student: what the simulation was made of.
         target: written into the report.
         threads: of ONNX Runtime; None means one per usable core.
 
@@ -103,12 +110,15 @@ def measure(
     session = open_session(path, threads)
     ran = run_file(session, images)
     with torch.no_grad():
-        simulated = torch.cat([simulation(batch) for batch in torch.split(images, _BATCH)])
+        simulated, before = (
+            torch.cat([network(batch) for batch in torch.split(images, _BATCH)])
+            for network in (simulation, student)
+        )
     fusion = fusion_of(path)
     sizes = Path(path).stat().st_size, Path(float_path).stat().st_size
     latency, float_latency = latencies([session, open_session(float_path, threads)], images[:1])
     return ExportReport(
-        target=target, **_agreement(ran, simulated), images=len(images),
+        target=target, **_agreement(ran, simulated), **_cost(before, simulated), images=len(images),
         fused=fusion.fused_convs, convs=fusion.convs,
         fused_matmuls=fusion.fused_matmuls, matmuls=fusion.matmuls, unfused=fusion.unfused,
         bytes=sizes[0], float_bytes=sizes[1], ratio=sizes[1] / sizes[0],
@@ -124,6 +134,14 @@ def _agreement(ran: Tensor, simulated: Tensor) -> dict[str, float]:
         "agreement": 100 * float((ran.argmax(1) == simulated.argmax(1)).double().mean()),
         "max_step_difference": difference / step if step > 0 else 0.0,
         "identical": 100 * float((ran == simulated).double().mean()),
+    }
+
+
+def _cost(before: Tensor, after: Tensor) -> dict[str, float]:
+    divergence = kl_divergence(after.float(), before.float(), 1.0, "sample")
+    return {
+        "student_agreement": 100 * float((after.argmax(1) == before.argmax(1)).double().mean()),
+        "student_divergence": float(divergence),
     }
 
 
