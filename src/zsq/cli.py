@@ -44,10 +44,10 @@ from zsq.options import (
 
 #: What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
-#: What a file system answers that takes no more, or nothing at all.
+#: What a file system answers that is full, or may not be used.
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _KEPT = (
-    "What was there before is untouched; free some space or make the folder writable, then run the command "
+    "What was there before is untouched; free some space or change permissions, then run the command "
     "again (`quantize` with --resume)."
 )
 
@@ -266,7 +266,7 @@ def main() -> None:
         if error.errno not in _REFUSED_WRITES:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _tell(RunError(f"cannot write{where}: {error.strerror}. {_KEPT}"))
+        _tell(RunError(f"the file system refuses{where}: {error.strerror}. {_KEPT}"))
         sys.exit(RunError.exit_code)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
