@@ -54,8 +54,9 @@ def test_genie_has_the_numbers_of_the_paper():
 
 def test_recipes_of_optimised_pixels_have_the_numbers_of_the_papers():
     """arXiv 2001.00281; 2111.09136, section 4.1; 2303.13826, section 4.1, and what was released with them."""
-    zeroq = load_recipe("zeroq")
-    assert zeroq.synthesis.images == 64
+    zeroq = load_recipe("zeroq-reference")
+    assert (zeroq.synthesis.images, zeroq.synthesis.batch, zeroq.synthesis.steps) == (64, 64, 500)
+    assert (zeroq.tuning.ranges, zeroq.tuning.margin) == ("minmax", 1)
     for name, learning_rate in (("intraq", 1e-4), ("hast", 1e-5)):
         tuning = load_recipe(name).tuning
         assert (tuning.batch, tuning.lr, tuning.momentum, tuning.weight_decay) == (
