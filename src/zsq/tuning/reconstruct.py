@@ -160,6 +160,7 @@ def _layers_one_by_one(
         target = run(piece.teacher, inputs[0], context, tools.shelf)
         problem = Problem(inputs[0], inputs[1], target, tools.importance.get(piece.output))
         _tune_or_restore(index, len(pieces), piece, problem, sweep, tools)
+        del inputs, target, problem  # or they would be alive beside the next layer's
 
 
 def _boundaries(pieces: list[Piece], images: Tensor, context: Context) -> list[tuple[int, ...]]:
