@@ -186,7 +186,9 @@ def test_a_disk_that_takes_no_more_is_one_sentence(monkeypatch, capsys, number, 
         return
     code, out, err = zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
     assert (code, out) == (1, "")
-    assert err.startswith(f"zsq: the file system refuses (run/checkpoints): {os.strerror(number)}. What was")
+    assert err.startswith(
+        f"zsq: the file system refuses (run/checkpoints): {os.strerror(number)}. What was"
+    )
     assert "--resume" in err
 
 

@@ -142,7 +142,10 @@ def quantize(
         context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
         return make_student(None, teacher, resolved, images, context)
     folder = RunFolder.start(out, identity, resume=resume)
-    return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
+    try:
+        return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
+    finally:
+        folder.release()
 
 
 def load(run: str | Path) -> Student:

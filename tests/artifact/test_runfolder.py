@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run, without a run."""
 
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +28,10 @@ def test_what_a_kill_left_later_is_deleted_when_the_run_goes_on(tmp_path):
     left = [folder.file(".run.json.0123abcd.tmp"), folder.file("checkpoints") / ".a.0123abcd.tmp"]
     for path in left:
         path.write_text("{")
+    with pytest.raises(UsageError, match="another process is working on"):
+        RunFolder.start(tmp_path, IDENTITY, resume=True)
+    assert all(path.exists() for path in left), "they may be another process's"
+    folder.release()
     RunFolder.start(tmp_path, IDENTITY, resume=True)
     assert not any(path.exists() for path in left)
 
@@ -51,6 +59,7 @@ def test_a_damaged_record_that_is_json_is_refused(tmp_path, change):
 def test_only_a_run_that_was_begun_for_nothing_is_withdrawn(tmp_path):
     begun = RunFolder.start(tmp_path / "run", IDENTITY, resume=False)
     begun.write_text("recipe.yaml", "")
+    begun.release()
     RunFolder.start(tmp_path / "run", IDENTITY, resume=True).withdraw()  # not begun by this one
     assert begun.file("run.json").exists()
     begun.write_text("images.safetensors", "")
@@ -59,3 +68,35 @@ def test_only_a_run_that_was_begun_for_nothing_is_withdrawn(tmp_path):
     begun.file("images.safetensors").unlink()
     begun.withdraw()
     assert not list(begun.path.iterdir())
+
+
+HOLD = """
+import sys, time
+from zsq.artifact.runfolder import RunFolder
+folder = RunFolder.start(sys.argv[1], {"model": "net.pt2", "recipe": {"name": "genie"}, "seed": 0}, resume=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_works_on_a_run_and_a_killed_one_is_in_nobodys_way(tmp_path):
+    RunFolder.start(tmp_path, IDENTITY, resume=False).release()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=r"another process is working on .* --resume"):
+            RunFolder.start(tmp_path, IDENTITY, resume=True)
+        assert RunFolder.open(tmp_path).record["status"] == "running", "looking is free"
+    finally:
+        other.kill()
+        other.communicate()
+    RunFolder.start(tmp_path, IDENTITY, resume=True)
+
+
+def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for resume in (False, True):
+        assert RunFolder.start(tmp_path, IDENTITY, resume=resume).lock is None

@@ -25,7 +25,13 @@ from typing import Any
 
 from zsq.errors import RunError, UsageError
 from zsq.runtime.environment import environment
-from zsq.runtime.files import atomic_write, is_leftover, remove_leftovers
+from zsq.runtime.files import (
+    atomic_write,
+    is_leftover,
+    lock_folder,
+    remove_leftovers,
+    unlock_folder,
+)
 
 FORMAT = 1
 
@@ -37,7 +43,10 @@ class RunFolder:
         path: where it is.
         record: what ``run.json`` says.
         begun: by this object, so that nothing in it is older.
+        lock: from `zsq.runtime.files.lock_folder`, while this object works on the run.
     """
+
+    lock: int | None = None
 
     def __init__(self, path: Path, record: dict[str, Any], *, begun: bool = False) -> None:
         self.path = path
@@ -48,7 +57,8 @@ class RunFolder:
     def start(cls, path: Path | str, identity: dict[str, Any], *, resume: bool) -> RunFolder:
         """Begin a run in a folder, or go on with the one it holds.
 
-        What a killed process left half written is deleted: one process at a time may start a run.
+        What a killed process left half written is deleted. Until `release`, or the end of this process, no
+        other may work on the run.
 
         Args:
             path: created where missing.
@@ -56,13 +66,15 @@ class RunFolder:
             resume: go on with an unfinished run.
 
         Raises:
-            UsageError: the folder holds another run, or something else.
+            UsageError: the folder holds another run, or something else, or another process works on it.
             RunError: the folder cannot be made.
         """
         path = Path(path)
         if (path / "run.json").exists():
             folder = cls.open(path)
             folder._check_same(identity, resume)
+            folder.lock = lock_folder(path)
+            folder.record = cls.open(path).record  # as the last process to hold it left it
             for place in (path, folder.file("checkpoints")):
                 remove_leftovers(place)
             return folder
@@ -79,13 +91,24 @@ class RunFolder:
             raise RunError(
                 f"cannot create {path}: {error.strerror}; choose another folder."
             ) from error
+        lock = lock_folder(path)
         remove_leftovers(path)
         folder = cls(path, {
             "format": FORMAT, "status": "running", "identity": identity,
             "environment": environment(), "timings": {}, "results": {},
         }, begun=True)  # fmt: skip
-        folder.save()
+        folder.lock = lock
+        try:
+            folder.save()
+        except BaseException:
+            folder.release()
+            raise
         return folder
+
+    def release(self) -> None:
+        """Let other processes work on the run."""
+        unlock_folder(self.lock)
+        self.lock = None
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:

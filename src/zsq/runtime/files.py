@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -62,6 +63,36 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the folder may be what is missing
             temporary.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes from working in a folder, until `unlock_folder` or the end of this one.
+
+    Returns:
+        What `unlock_folder` takes; None on a file system that has no locks.
+
+    Raises:
+        UsageError: another process works there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UsageError(
+            f"another process is working on {folder}; wait until it ends, or stop it, then run the command "
+            "again with --resume."
+        ) from error
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def unlock_folder(lock: int | None) -> None:
+    """Let other processes work in a folder again."""
+    if lock is not None:
+        os.close(lock)
 
 
 def is_leftover(path: Path) -> bool:
