@@ -81,7 +81,7 @@ class Sweep(Part):
     def gpus(self) -> list[str]:
         """Return this machine's GPUs that local cells may be dealt out to, as CUDA names them.
 
-        None where no cell asks for a GPU, or all ask for a certain one.
+        None of them where no cell asks for a GPU, or all ask for a certain one.
         """
         if not {"--device=cuda", "cuda"} & set(self.options):
             return []

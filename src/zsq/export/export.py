@@ -64,7 +64,7 @@ def export_student(
         _WRITERS[target](integer, temporary)
         report = measure(
             IntegerSimulation(integer), temporary, reference, images[:parity_images],
-            student=student, target=target, threads=threads,
+            student=student.copy().to("cpu"), target=target, threads=threads,
         )  # fmt: skip
         _refuse(report, allow_partial)
     return report, integer

@@ -40,9 +40,8 @@ class Task:
         self._period = period
         self._show = show
         self._loss: Loss | None = None
-        self._read: tuple[int, float] | None = (
-            None  # at which step the loss was read last, and what it was
-        )
+        # At which step the loss was read last, and what it was.
+        self._read: tuple[int, float] | None = None
         self._began = clock()
         self._due = self._began + period
         # Where the rate is counted from: (steps done, time).
@@ -92,10 +91,11 @@ class Task:
         if self._loss is None:
             return None
         waits = getattr(self._loss, "is_cuda", False)
-        if newest or not waits or self._read is None or self.done - self._read[0] >= LOSS_EVERY:
-            value = float(self._loss() if callable(self._loss) else self._loss)
-            self._read = (self.done, value)
-        return self._read[1] if self._read else None
+        if waits and not newest and self._read and self.done - self._read[0] < LOSS_EVERY:
+            return self._read[1]
+        value = float(self._loss() if callable(self._loss) else self._loss)
+        self._read = (self.done, value)
+        return value
 
     def facts(self, *, finished: bool = False, with_loss: bool = True) -> str:
         """Describe the state in one line: steps, rate, time left or taken, loss.
