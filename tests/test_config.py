@@ -57,7 +57,7 @@ def test_recipes_of_optimised_pixels_have_the_numbers_of_the_papers():
     zeroq = load_recipe("zeroq-reference")
     assert (zeroq.synthesis.images, zeroq.synthesis.batch, zeroq.synthesis.steps) == (64, 64, 500)
     assert (zeroq.tuning.ranges, zeroq.tuning.margin) == ("minmax", 1)
-    for name, learning_rate in (("intraq", 1e-4), ("hast", 1e-5)):
+    for name, learning_rate in (("intraq-reference", 1e-4), ("intraq", 1e-5), ("hast", 1e-5)):
         tuning = load_recipe(name).tuning
         assert (tuning.batch, tuning.lr, tuning.momentum, tuning.weight_decay) == (
             256, learning_rate, 0.9, 1e-4,

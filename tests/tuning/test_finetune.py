@@ -333,7 +333,8 @@ def test_only_the_recipe_with_narrow_ranges_stops_gradients_where_it_clamps(teac
 
 
 @pytest.mark.parametrize(
-    "name", ["gdfq-reference", "qimera-reference", "ait-reference", "hast-reference"]
+    "name",
+    ["gdfq-reference", "qimera-reference", "ait-reference", "hast-reference", "intraq-reference"],
 )
 def test_short_schedules_of_reference_recipes_differ_in_length_alone(name):
     full, quick = (load_recipe(name, schedule=s).model_dump() for s in ("full", "quick"))
