@@ -257,3 +257,34 @@ def test_nothing_to_quantize_is_said():
 def test_example_inputs_must_be_a_batch_of_images(given, says):
     with pytest.raises(UsageError, match=rf"{says} give a batch of images as a tensor \(N, C, H"):
         quantize(with_norm(), example_inputs=given)
+
+
+EXPORTED = """
+import torch
+from torch import nn
+
+own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+sizes = ({0: torch.export.Dim.DYNAMIC},)
+program = torch.export.export(own, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=sizes)
+
+
+def itself():
+    return program
+
+
+def alone():
+    return program.module()
+
+
+def nested():
+    return nn.Sequential(program.module(), nn.Dropout())
+"""
+
+
+def test_a_module_of_torch_export_has_one_mode_and_its_program_is_taken(tmp_path):
+    (tmp_path / "net.py").write_text(EXPORTED)
+    teacher = load_teacher(f"{tmp_path / 'net.py'}:itself", input_shape=(3, 8, 8))
+    assert teacher(images()).shape == (3, 5)
+    for name in ("alone", "nested"):
+        with pytest.raises(UsageError, match=r"is, or holds, a module that torch\.export made"):
+            load_teacher(f"{tmp_path / 'net.py'}:{name}", input_shape=(3, 8, 8))

@@ -182,9 +182,13 @@ def _prepare(module: nn.Module, reference: str, *, copied: bool) -> nn.Module:
             raise UsageError(
                 f"{reference} cannot be copied ({describe(error)}): pass it as file.py:function."
             ) from error
-    # modules of torch.export have one mode only; those of training mode are refused by `builder`
-    with contextlib.suppress(NotImplementedError):
+    try:
         module.eval()
+    except NotImplementedError as error:  # what torch.export puts in the place of eval
+        raise UsageError(
+            f"{reference} is, or holds, a module that torch.export made, which has one mode only: return the "
+            "ExportedProgram itself, or the network before it was exported."
+        ) from error
     return module.float().cpu()
 
 
