@@ -47,14 +47,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe(options.recipe, schedule=options.schedule, settings=options.settings)
+    together = has_a_learning_generator(recipe)
     for seed in options.seeds:
         images = None
         for bits in options.bits:
             row, made = run(options, bits, seed, images)
-            recipe = load_recipe(
-                options.recipe, schedule=options.schedule, settings=options.settings
-            )
-            images = None if has_a_learning_generator(recipe) else made
+            images = None if together else made
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

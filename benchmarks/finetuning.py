@@ -28,7 +28,7 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import make_reporter
 from zsq.runtime.seeds import seeded
-from zsq.stages import attached
+from zsq.stages import prepare
 from zsq.student import Student
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.images import ImageSet
@@ -128,7 +128,7 @@ def _begun(
     teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
 ) -> tuple[Teacher, Student]:
     """Return a teacher and a student as fine-tuning finds them; checkpoints let variants share a start."""
-    ready, student = attached(teacher, recipe, images, context)
+    ready, student = prepare(teacher, recipe, images, context=context)
     if images is not None:
         begin_with_reconstruction(ready, student, images, context)
     return ready, student

@@ -124,8 +124,6 @@ def quantize(
     begun = out is not None and (Path(out) / "run.json").exists()
     if not begun:  # else it was checked when it was
         check_request(teacher, resolved, images, group)
-        if out is not None and reporter is not None and group.rank == 0:
-            warn_of_floating(teacher, reporter)
     policy = make_policy(
         device, precision, compile, None if memory is None else parse_memory(memory)
     )
@@ -133,6 +131,8 @@ def quantize(
     context = Context(
         seed, policy, (reporter if group.rank == 0 else None) or QuietReporter(), group=group
     )
+    if out is not None and not begun:
+        warn_of_floating(teacher, context.reporter)
     identity = run_identity(teacher, resolved, seed, policy, images)
     check_agreement(identity, group)
     if out is None:

@@ -191,10 +191,10 @@ def _produce_together(
     assert isinstance(settings, GeneratorSynthesis)
     assert isinstance(tuning, Finetuning)
     if tuning.start is None:
-        ready, student = attached(teacher, recipe, None, context)
+        ready, student = prepare(teacher, recipe, context=context)
         return tune_with_generator(ready, student, original=teacher, context=context)
     warmed, images = warmed_generator(teacher, settings, context, tuning.steps)
-    ready, student = attached(teacher, recipe, images, context)
+    ready, student = prepare(teacher, recipe, images, context=context)
     return _start_together(ready, student, warmed, images, context)
 
 
@@ -205,7 +205,7 @@ def learns_together(recipe: Recipe, images: Images) -> bool:
 
 def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) -> Student:
     """Fold and equalize, quantize, tune."""
-    ready, student = attached(teacher, recipe, images, context)
+    ready, student = prepare(teacher, recipe, images, context=context)
     return tune(ready, student, images, context=context)
 
 
@@ -228,20 +228,7 @@ def prepare(
         UsageError: nothing to quantize, or an override that matches nothing.
         RunError: the loss became NaN while channels' factors were learned.
     """
-    return attached(teacher, load_recipe(recipe), images, context or Context())
-
-
-def attached(
-    teacher: Teacher, recipe: Recipe, images: ImageSet | None, context: Context
-) -> tuple[Teacher, Student]:
-    """Fold and equalize, quantize; return the teacher so prepared, and the student.
-
-    Args:
-        teacher: stays as it is.
-        recipe: resolved.
-        images: as of `zsq.preparation.prepared_teacher`.
-        context: where what is learned before is kept, and how it is computed.
-    """
+    recipe, context = load_recipe(recipe), context or Context()
     ready, grids = prepared(teacher, recipe, images, context)
     context.group.align(ready.network)
     student = attach(ready, recipe)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from zsq.bits.costs import Budget
 from zsq.bits.latency import measure_latency
-from zsq.bits.layers import layer_facts
+from zsq.bits.layers import fixed_bits, layer_facts
 from zsq.bits.plan import BitsPlan, check_budget, make_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
@@ -80,7 +80,9 @@ def choose_bits(
             f"of all {len(facts)} layers of this network; there is nothing to choose. Use --protocol "
             "all-low-bit or drop overrides."
         )
-    fixed = check_budget(teacher, resolved, wanted, facts, free, chosen)
+    network = prepared_network(teacher, resolved)
+    fixed = fixed_bits(network, resolved.protocol, resolved.overrides)
+    check_budget(wanted, facts, fixed, chosen)
     pictures = _pictures(teacher, images, context)
     with seeded(context.seed, "bits"):
         prepared = prepared_teacher(teacher, resolved, pictures)

@@ -212,7 +212,8 @@ def make_plan(
         UsageError: no choice meets the budget.
     """
     free = list(measured)
-    kind, fixed = budget.kind, _fixed(teacher, recipe, free)
+    kind = budget.kind
+    fixed = fixed_bits(prepared_network(teacher, recipe), recipe.protocol, recipe.overrides)
     smoothed = {path: monotone(values) for path, values in measured.items()}
     costs = [_distinct({b: cost_of(facts[path], b, kind) for b in smoothed[path]}) for path in free]
     losses = [{b: smoothed[path][b] for b in own} for path, own in zip(free, costs, strict=True)]
@@ -248,30 +249,24 @@ def _unit(
 
 
 def check_budget(
-    teacher: Teacher, recipe: Recipe, budget: Budget, facts: dict[str, LayerFacts], free: list[str],
-    candidates: Sequence[int],
-) -> dict[str, int]:  # fmt: skip
+    budget: Budget, facts: dict[str, LayerFacts], fixed: dict[str, int], candidates: Sequence[int]
+) -> None:
     """Refuse a budget that nothing meets before anything is measured; times are only known then.
 
-    Returns:
-        The bits of the layers that protocol and overrides fix, by path.
+    Args:
+        budget: what is wanted.
+        facts: of every layer.
+        fixed: bits of the layers that are not free.
+        candidates: bit-widths of the others.
 
     Raises:
         UsageError: even the fewest bits everywhere cost more.
     """
-    fixed = _fixed(teacher, recipe, free)
-    if budget.kind != "latency":
-        costs = ([cost_of(facts[path], b, budget.kind) for b in candidates] for path in free)
-        cheapest = sum(min(own) for own in costs)
-        _refuse_unreachable(budget, cheapest, *_unit(budget.kind, free, facts, fixed))
-    return fixed
-
-
-def _fixed(teacher: Teacher, recipe: Recipe, free: list[str]) -> dict[str, int]:
-    """Return the bits of the layers that are not free."""
-    network = prepared_network(teacher, recipe)
-    placed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
-    return {path: bits for path, bits in placed.items() if path not in free}
+    if budget.kind == "latency":
+        return
+    free = [path for path in facts if path not in fixed]
+    cheapest = sum(min(cost_of(facts[path], b, budget.kind) for b in candidates) for path in free)
+    _refuse_unreachable(budget, cheapest, *_unit(budget.kind, free, facts, fixed))
 
 
 def _refuse_unreachable(budget: Budget, cheapest: float, taken: float, scale: float) -> None:

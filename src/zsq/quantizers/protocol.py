@@ -179,6 +179,11 @@ def place(
     )  # fmt: skip
 
 
+def _matched(layers: list[Node], override: Override) -> list[Node]:
+    """Return the layers whose path an override's pattern matches."""
+    return [node for node in layers if fnmatchcase(str(node.target), override.match)]
+
+
 def _override(
     overrides: Iterable[Override],
     layers: list[Node],
@@ -186,7 +191,7 @@ def _override(
     activations: dict[Node, int],
 ) -> None:
     for override in overrides:
-        matched = [n for n in layers if fnmatchcase(str(n.target), override.match)]
+        matched = _matched(layers, override)
         if not matched:
             raise UsageError(
                 f"the override for {override.match!r} matches no layer; `zsq inspect` lists their "
@@ -209,9 +214,7 @@ def check_overrides(
         UsageError: none of the layers that it matches reads a quantized tensor.
     """
     for override in overrides:
-        matched = [
-            node for node in layer_nodes(network) if fnmatchcase(str(node.target), override.match)
-        ]
+        matched = _matched(layer_nodes(network), override)
         read = {origin(tensor_inputs(node)[0]).name for node in matched}
         if override.activations is not None and not read & set(placement.activations):
             raise UsageError(
