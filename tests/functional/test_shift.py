@@ -84,3 +84,11 @@ def test_offsets_are_independent_and_uniform():
     counts = torch.bincount(offsets[:, 0] * 3 + offsets[:, 1], minlength=9)
     assert len(counts) == 9
     assert bool(((counts - 1000).abs() < 150).all())  # five standard deviations
+
+
+def test_batches_side_by_side_have_offsets_of_their_own():
+    x, offsets = torch.randn(6, 2, 5, 4), torch.tensor([[0, 2], [1, 1], [2, 0]])
+    shift = Shift()
+    expected = [shift(part, own) for part, own in zip(x.split(2), offsets, strict=True)]
+    assert torch.equal(shift(x, offsets), torch.cat(expected))
+    assert torch.equal(shift(x, offsets[:1]), shift(x, offsets[0]))

@@ -164,6 +164,31 @@ def test_batches_do_not_depend_on_each_other(teacher):
     assert not torch.allclose(two.images[6:], one.images, atol=0.1)
 
 
+@pytest.mark.parametrize("parallel", [2, 3])
+@pytest.mark.parametrize("swing", [True, False])
+def test_batches_side_by_side_are_those_made_one_by_one(teacher, parallel, swing):
+    one = settings(images=17, batch=6, steps=5, decay_every=2, plateau_patience=1, swing=swing)
+    alone = synthesize_genie(teacher, one, Context())  # batches of 6, 6 and 5
+    beside = synthesize_genie(teacher, one.model_copy(update={"parallel": parallel}), Context())
+    torch.testing.assert_close(beside.images, alone.images, rtol=1e-3, atol=1e-3)
+    assert beside.provenance["batch_losses"] == pytest.approx(
+        alone.provenance["batch_losses"], rel=1e-3
+    )
+    assert not torch.allclose(beside.images[:6], beside.images[6:12], atol=0.1)
+
+
+def test_batches_side_by_side_are_recorded_one_by_one(teacher, tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        three = settings(images=18, steps=3, parallel=2)
+        made = synthesize_genie(teacher, three, Context(metrics=log))
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["stage"] == "synthesis"]
+    assert [(r["batch"], r["step"]) for r in records] == [
+        (0, 0), (1, 3), (0, 2), (1, 5), (2, 6), (2, 8)
+    ]  # fmt: skip
+    last = [r["loss"] for r in records if r["step"] % 3 == 2]
+    assert last == pytest.approx(made.provenance["batch_losses"])
+
+
 def test_metrics_are_written_with_the_step_of_the_whole_run(teacher, tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         synthesize_genie(teacher, settings(images=12, steps=3), Context(metrics=log))
@@ -184,9 +209,12 @@ class Killed(Checkpoints):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
 @pytest.mark.parametrize("last", ["synthesis_000", "synthesis_001"])
-def test_a_resumed_run_ends_with_the_images_of_an_uninterrupted_one(teacher, tmp_path, last):
-    three = settings(images=9, batch=3)
+def test_a_resumed_run_ends_with_the_images_of_an_uninterrupted_one(
+    teacher, tmp_path, last, parallel
+):
+    three = settings(images=9, batch=3, parallel=parallel)
     expected = synthesize_genie(teacher, three, Context())
     killed = Killed(tmp_path)
     killed.last = last

@@ -10,7 +10,7 @@ from zsq.config import GenieSynthesis
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter
-from zsq.synthesis import genie
+from zsq.synthesis import genie_loss
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.slicing import kept_bytes, slice_size, sliced_loss
 from zsq.teacher.teacher import load_teacher
@@ -45,11 +45,11 @@ def teacher():
     return load_teacher(randomise(Residual()), input_shape=(3, 8, 8))
 
 
-def made(teacher, memory, notes):
+def made(teacher, memory, notes, **changes):
     reporter = QuietReporter()
     reporter.note = notes.append
     context = Context(policy=Policy(memory=memory), reporter=reporter)
-    settings = GenieSynthesis(images=10, batch=10, steps=4, latent=8)
+    settings = GenieSynthesis(**{"images": 10, "batch": 10, "steps": 4, "latent": 8, **changes})
     return synthesize_genie(teacher, settings, context)
 
 
@@ -61,13 +61,24 @@ def test_images_do_not_depend_on_the_memory(teacher):
     assert any("batches of 10 images go through the teacher 1 at a time" in note for note in little)
 
 
+def test_batches_side_by_side_do_not_depend_on_the_memory_either(teacher):
+    plenty, little = [], []
+    five = {"batch": 5, "parallel": 2}
+    whole, sliced = made(teacher, None, plenty, **five), made(teacher, 1, little, **five)
+    torch.testing.assert_close(sliced.images, whole.images, rtol=1e-3, atol=1e-3)
+    assert not any("at a time" in note for note in plenty)
+    assert any("batches of 5 images go through the teacher 1 at a time" in note for note in little)
+
+
 def test_the_teacher_never_sees_more_than_a_slice(teacher, monkeypatch):
     seen = []
-    original = genie._Objective.inputs
+    original = genie_loss.Objective.inputs
     monkeypatch.setattr(
-        genie._Objective, "inputs", lambda self, x, o: seen.append(len(x)) or original(self, x, o)
+        genie_loss.Objective,
+        "inputs",
+        lambda self, x, o: seen.append(len(x)) or original(self, x, o),
     )
-    monkeypatch.setattr(genie, "slice_size", lambda *_: 4)
+    monkeypatch.setattr(genie_loss, "slice_size", lambda *_: 4)
     made(teacher, None, [])
     assert max(seen) == 4
     assert seen[-6:] == [4, 4, 2] * 2, "a pass for the sums and one for the gradient"

@@ -94,15 +94,21 @@ _copied.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 class Shift(nn.Module):
-    """Shift the last two axes of images by at most one pixel, the same for the whole batch."""
+    """Shift the last two axes of images by at most one pixel, the same for a whole batch."""
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Shift ``x`` (N, C, H, W) by ``offsets`` (2,), vertical and horizontal, each 0, 1 or 2."""
+        """Shift ``x`` (N, C, H, W) by ``offsets`` (2,), vertical and horizontal, each 0, 1 or 2.
+
+        Offsets (batches, 2) shift each of so many batches, of equal size and next to each other.
+        """
+        if offsets.ndim == 2:
+            parts = zip(x.chunk(len(offsets)), offsets, strict=True)
+            shifted = [self(part, own) for part, own in parts]
+            return shifted[0] if len(shifted) == 1 else torch.cat(shifted)
         if min(x.shape[2:]) < 2:
             return x  # a single row has no neighbour to reflect
         if x.device.type == "cpu":
-            shifted: Tensor = _copied(x, offsets)
-            return shifted
+            return _copied(x, offsets)  # type: ignore[no-any-return]
         return self.multiplied(x, offsets)
 
     @staticmethod

@@ -19,6 +19,8 @@ class GenieSynthesis(Part):
     """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
     batch: int = Field(default=128, ge=2)
     """Images that share a generator and batch statistics."""
+    parallel: int = Field(default=1, ge=1)
+    """Batches in flight side by side: speed where one does not fill the device, nothing else."""
     steps: int = Field(default=4000, ge=1)
     """Optimisation steps per batch."""
     latent: int = Field(default=256, ge=1)

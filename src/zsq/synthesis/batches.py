@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -32,6 +33,17 @@ def batch_sizes(images: int, batch: int) -> list[int]:
     """
     count = math.ceil(images / batch)
     return [images // count + (i < images % count) for i in range(count)]
+
+
+def side_by_side(sizes: list[int], parallel: int) -> list[tuple[int, ...]]:
+    """Put up to ``parallel`` batches of equal size next to each other.
+
+    Example:
+        >>> side_by_side([4, 4, 4, 3], 2)
+        [(4, 4), (4,), (3,)]
+    """
+    equal = [tuple(same) for _, same in groupby(sizes)]
+    return [run[i : i + parallel] for run in equal for i in range(0, len(run), parallel)]
 
 
 @dataclass(frozen=True)

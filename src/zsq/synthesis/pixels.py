@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import derive_seed
 from zsq.runtime.tasks import Task
 from zsq.runtime.terms import record_terms
-from zsq.synthesis.batches import PASS, batch_sizes
+from zsq.synthesis.batches import PASS, batch_sizes, side_by_side
 from zsq.synthesis.centers import ClassCenters, pooled_width
 from zsq.synthesis.dealing import dealt
 from zsq.synthesis.images import ImageSet, predict
@@ -183,7 +182,7 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
     """
     objective = _Objective(teacher, settings, context)
     parallel = 1 if objective.with_features else settings.parallel
-    rounds = _rounds(batch_sizes(settings.images, settings.batch), parallel)
+    rounds = side_by_side(batch_sizes(settings.images, settings.batch), parallel)
     worth = context.policy.worth_compiling(settings.steps * len(rounds))
     loss_function = Compiled(objective, enabled=worth, note=context.reporter.note)
     classes = count_classes(teacher)
@@ -210,12 +209,6 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
         "batch_losses": torch.cat([piece["loss"] for piece in made]).tolist(),
     }  # fmt: skip
     return ImageSet(images, labels, provenance)
-
-
-def _rounds(sizes: list[int], parallel: int) -> list[tuple[int, ...]]:
-    """Put up to ``parallel`` batches of equal size side by side."""
-    equal = [tuple(same) for _, same in groupby(sizes)]
-    return [run[i : i + parallel] for run in equal for i in range(0, len(run), parallel)]
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ def tap_batch_norms(
         network: batch norms not folded.
         swing: put a `Shift` before every convolution whose stride is not 1 (GENIE's swing
             convolution, arXiv 2212.04780, section 4.1). The copy then takes, after the images, an
-            integer tensor (shifts, 2) of offsets (`zsq.functional.shift.random_offsets`).
+            integer tensor of offsets, (shifts, 2) or, for batches side by side, (shifts, batches, 2)
+            (`zsq.functional.shift.random_offsets`).
         logits: return the pair (logits, batch norm inputs) from one pass.
         features: return (logits, what the classifier reads, batch norm inputs).
 
