@@ -17,6 +17,7 @@ from zsq.options import (
     AllowPickle,
     BitsOption,
     Compile,
+    CudaGraphs,
     Device,
     Images,
     ImagesFrom,
@@ -89,6 +90,7 @@ def quantize(
     device: Device = "cpu",
     precision: Precision = PrecisionChoice.auto,
     compile_: Compile = True,
+    cuda_graphs: CudaGraphs = False,
     memory: Memory = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help=(
@@ -111,7 +113,7 @@ def quantize(
             input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
             std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
             images=images, images_from=images_from, seed=seed, device=group.device, precision=precision.value,
-            compile=compile_, memory=memory, out=out, resume=resume, report=report,
+            compile=compile_, cuda_graphs=cuda_graphs, memory=memory, out=out, resume=resume, report=report,
             reporter=reporter_for(quiet or as_json), group=group,
         )  # fmt: skip
     if group.rank:

@@ -11,6 +11,7 @@ import typer
 from zsq.options import (
     AllowPickle,
     Compile,
+    CudaGraphs,
     Device,
     InputShape,
     Json,
@@ -49,6 +50,7 @@ def bench(
     device: Device = "cpu",
     precision: Precision = PrecisionChoice.auto,
     compile_: Compile = True,
+    cuda_graphs: CudaGraphs = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -63,7 +65,7 @@ def bench(
 
     request = Request(
         model, batch=batch, images=images, steps=steps, device=device, precision=precision.value,
-        compile=compile_, plain=plain, input_shape=integers(input_shape, "--input-shape"),
+        compile=compile_, cuda_graphs=cuda_graphs, plain=plain, input_shape=integers(input_shape, "--input-shape"),
         weights=weights, allow_pickle=allow_pickle,
     )  # fmt: skip
     axes = [(axis, sizes.split(",") if sizes else ())

@@ -10,6 +10,7 @@ import typer
 from zsq.options import (
     AllowPickle,
     Compile,
+    CudaGraphs,
     Device,
     Images,
     ImagesFrom,
@@ -133,6 +134,7 @@ def bits(
     device: Device = "cpu",
     precision: Precision = PrecisionChoice.auto,
     compile_: Compile = True,
+    cuda_graphs: CudaGraphs = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -156,7 +158,7 @@ def bits(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
     )  # fmt: skip
-    policy = make_policy(device, precision.value, compile_)
+    policy = make_policy(device, precision.value, compile_, cuda_graphs=cuda_graphs)
     plan = choose_bits(
         teacher, budget, recipe, bits=width, protocol=protocol, schedule=schedule.value, settings=settings or (),
         candidates=integers(candidates, "--candidates", "2,4,8") or (),

@@ -68,6 +68,8 @@ ImagesFrom = Annotated[list[str] | None, typer.Option("--images-from", metavar="
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Precision = Annotated[PrecisionChoice, typer.Option("--precision")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile")]
+CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=(
+    "Replay compiled loops as CUDA graphs; needs a GPU."))]  # fmt: skip
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=(
     "Most memory that block inputs, and a step of GENIE's synthesis, may take, e.g. 8GB [half of all]."
 ))]  # fmt: skip

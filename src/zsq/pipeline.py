@@ -54,6 +54,7 @@ def quantize(
     device: str = "cpu",
     precision: Precision = "auto",
     compile: bool = True,
+    cuda_graphs: bool = False,
     memory: int | str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -87,6 +88,7 @@ def quantize(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of the passes of synthesis and tuning: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile` for loops long enough to repay it.
+        cuda_graphs: replay compiled loops as CUDA graphs; needs a GPU. Not tried on one yet.
         memory: most that block inputs, and a step of GENIE's synthesis, may take on the host, in bytes or
             like ``"8GB"``; None is half of the machine's. Results do not depend on it.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
@@ -125,7 +127,7 @@ def quantize(
     if not begun:  # else it was checked when it was
         check_request(teacher, resolved, images, group)
     policy = make_policy(
-        device, precision, compile, None if memory is None else parse_memory(memory)
+        device, precision, compile, None if memory is None else parse_memory(memory), cuda_graphs
     )
     policy = replace(policy, dtype=group.send(policy.dtype, 0))
     context = Context(

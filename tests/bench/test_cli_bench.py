@@ -15,7 +15,7 @@ from zsq.errors import RunError, UsageError
 
 QUICK = ["--batch", "4", "--steps", "1", "--no-compile", "--precision", "fp32"]
 KEYS = {
-    "model", "loop", "input_shape", "parameters", "batch", "images", "precision", "compiled", "steps",
+    "model", "loop", "input_shape", "parameters", "batch", "images", "precision", "compiled", "cuda_graphs", "steps",
     "threads", "seconds", "steps_per_second", "images_per_second", "flops", "flops_per_second",
     "share_of_peak", "schedule_seconds", "peak_memory_bytes", "memory_kind", "matmul_peak", "bare",
     "ratio_to_bare",

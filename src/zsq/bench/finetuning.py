@@ -62,9 +62,9 @@ def _passes(
     teacher, student = job.network(policy), job.network(policy).requires_grad_(True)
     # as the loop does: on a CPU a compiled student is no faster
     fast_student = compile and policy.device.type == "cuda"
-    make = Compiled(generator, enabled=compile, note=job.note)
-    judge = Compiled(teacher, enabled=compile, note=job.note)
-    learn = Compiled(student, enabled=fast_student, note=job.note)
+    make = Compiled(generator, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
+    judge = Compiled(teacher, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
+    learn = Compiled(student, enabled=fast_student, note=job.note, graphs=policy.cuda_graphs)
     labels = plain_labels(images, classes, policy.device)
     noise = generator.draw_noise(labels)  # type: ignore[operator]
     free = [p for module in (generator, student) for p in module.parameters()]

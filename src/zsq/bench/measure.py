@@ -46,6 +46,7 @@ class Request:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: as for `zsq.quantize`.
         compile: as for `zsq.quantize`.
+        cuda_graphs: as for `zsq.quantize`.
         plain: measure the published loop in plain eager float32 too.
         input_shape: of one image, where the model does not know it.
         weights: a checkpoint, or ``"random"``.
@@ -60,6 +61,7 @@ class Request:
     device: str = "cpu"
     precision: Precision = "auto"
     compile: bool = True
+    cuda_graphs: bool = False
     plain: bool = False
     input_shape: tuple[int, ...] | None = None
     weights: str | None = None
@@ -71,7 +73,7 @@ class Request:
         Raises:
             UsageError: an unknown loop or device, or a number that is too small.
         """
-        make_policy(self.device)
+        make_policy(self.device, compile=self.compile, cuda_graphs=self.cuda_graphs)
         if self.loop not in LOOPS:
             raise UsageError(f"--loop {self.loop!r} is unknown; choose among {', '.join(LOOPS)}.")
         for name, value, least in (
@@ -116,7 +118,9 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
         UsageError: nothing can be measured like this.
     """
     request.check()
-    policy = make_policy(request.device, request.precision, request.compile)
+    policy = make_policy(
+        request.device, request.precision, request.compile, cuda_graphs=request.cuda_graphs
+    )
     teacher = load_teacher(
         request.model, input_shape=request.input_shape, weights=request.weights,
         allow_pickle=request.allow_pickle,
@@ -132,6 +136,7 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in teacher.network.parameters()),
         "batch": found[0].batch, "images": request.images,
         "precision": str(heaviest.dtype).removeprefix("torch."), "compiled": heaviest.compiled,
+        "cuda_graphs": request.cuda_graphs,
         "steps": request.steps, "threads": torch.get_num_threads(),
     }  # fmt: skip
     result |= _rates([f.times.median() for f in found], found, peaks)

@@ -87,7 +87,7 @@ def _passes(
     """Return the passes of a float block whose weights learn."""
     block = policy.placed_copy(block).requires_grad_(True)
     inputs, target = (channels_last(x.to(policy.device)) for x in (inputs, target))
-    forward = Compiled(block, enabled=compile, note=job.note)
+    forward = Compiled(block, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
     free = list(block.parameters())
 
     def step() -> None:

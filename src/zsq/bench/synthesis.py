@@ -79,7 +79,7 @@ def pixel_loop(job: Job) -> Iterator[Part]:
 def passes_of(network: nn.Module, inputs: Tensor, policy: Policy, compile: bool, job: Job) -> Step:
     """Return the forward pass of a network and the backward pass to its inputs and free weights."""
     inputs.requires_grad_()
-    forward = Compiled(network, enabled=compile, note=job.note)
+    forward = Compiled(network, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
     free = [inputs, *(p for p in network.parameters() if p.requires_grad)]
 
     def step() -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from zsq.errors import UsageError
 
@@ -32,12 +33,14 @@ class Policy:
         compile: whether `torch.compile` may be used for loops long enough to repay it.
         memory: bytes that caches over all images may take on the host; None: half of what there is.
             Beyond it they lie in files. Results do not depend on it.
+        cuda_graphs: replay what was compiled as CUDA graphs, where it can be captured.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     compile: bool = False
     memory: int | None = None
+    cuda_graphs: bool = False
 
     def worth_compiling(self, steps: int) -> bool:
         """Return whether a loop of so many steps may be, and repays being, compiled."""
@@ -58,7 +61,7 @@ class Policy:
 
 def make_policy(
     device: str = "cpu", precision: Precision = "auto", compile: bool = True,
-    memory: int | None = None,
+    memory: int | None = None, cuda_graphs: bool = False,
 ) -> Policy:  # fmt: skip
     """Choose a policy for a device.
 
@@ -67,9 +70,10 @@ def make_policy(
         precision: ``auto`` is bf16 where the hardware has it.
         compile: allow `torch.compile`.
         memory: bytes that caches over all images may take on the host; None: half of what there is.
+        cuda_graphs: replay compiled loops as CUDA graphs.
 
     Raises:
-        UsageError: the device does not exist here.
+        UsageError: the device does not exist here, or cannot do what is asked for.
     """
     try:
         place = torch.device(device)
@@ -82,11 +86,16 @@ def make_policy(
             f"device {device!r} does not exist: this PyTorch sees {torch.cuda.device_count()} "
             "GPU(s). Use --device cpu."
         )
+    if cuda_graphs and not (place.type == "cuda" and compile):
+        raise UsageError(
+            "--cuda-graphs replays what torch.compile made for a GPU; it needs --device cuda and no "
+            "--no-compile."
+        )
     fast = _has_fast_bf16(place)
     dtype = (
         torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
     )
-    return Policy(place, dtype, compile, memory)
+    return Policy(place, dtype, compile, memory, cuda_graphs)
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
@@ -106,15 +115,18 @@ class Compiled:
         enabled: compile at all.
         note: told, in one sentence, when compilation failed.
         dynamic: compile once for tensors of any size, for functions of many sizes.
+        graphs: replay as a CUDA graph. Results are copies: a graph writes its own into the same memory
+            each time, and a loss may be looked at later.
     """
 
     def __init__(
         self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None],
-        dynamic: bool = False,
+        dynamic: bool = False, graphs: bool = False,
     ) -> None:  # fmt: skip
-        self.function = function
+        self.function, self.graphs = function, graphs
+        mode = "reduce-overhead" if graphs else None
         self.compiled: Callable[..., Any] | None = (
-            torch.compile(function, dynamic=dynamic) if enabled else None
+            torch.compile(function, dynamic=dynamic, mode=mode) if enabled else None
         )
         self.proved = False
         self.note = note
@@ -138,7 +150,7 @@ class Compiled:
             self.compiled = None
             return self.function(*arguments)
         self.proved = True
-        return result
+        return tree_map_only(Tensor, torch.clone, result) if self.graphs else result
 
     @contextlib.contextmanager
     def _proving(self) -> Iterator[None]:

@@ -118,13 +118,13 @@ def loss_function(
     room = room_for_work(policy)
     size = slice_size(batch * parallel, fixed * parallel, per_image, room)
     if size >= batch * parallel:
-        return Compiled(objective, enabled=compile, note=note)
+        return Compiled(objective, enabled=compile, note=note, graphs=policy.cuda_graphs)
     size = min(size, batch)
     note(
         f"synthesis: batches of {batch} images go through the teacher {size} at a time, to fit the "
         "memory (--memory); same statistics, somewhat slower steps"
     )
-    sums = Compiled(objective.sums, enabled=compile, note=note)
+    sums = Compiled(objective.sums, enabled=compile, note=note, graphs=policy.cuda_graphs)
     with torch.no_grad():
         places = [x[0, 0].numel() for x in objective.inputs(objective.images(z[:2], 0), offsets)]
 

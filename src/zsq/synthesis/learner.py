@@ -71,8 +71,9 @@ class GeneratorLearner:
         )  # fmt: skip
         # a compiler cannot take exchanges between processes into its graph
         self.objective = Compiled(
-            objective, enabled=alone and policy.worth_compiling(steps), note=context.reporter.note
-        )
+            objective, enabled=alone and policy.worth_compiling(steps),
+            note=context.reporter.note, graphs=policy.cuda_graphs,
+        )  # fmt: skip
         self.rate = torch.tensor(settings.lr, device=policy.device)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=self.rate, betas=BETAS, fused=True

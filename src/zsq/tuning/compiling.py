@@ -106,7 +106,7 @@ class _Template:
         self.student = copy.deepcopy(piece.student)
         self.weights = [m for m in self.student.modules() if isinstance(m, SoftRoundWeight)]
         self.power, self.policy = power, policy
-        self.compiled = Compiled(self._loss, enabled=True, note=note)
+        self.compiled = Compiled(self._loss, enabled=True, note=note, graphs=policy.cuda_graphs)
 
     def _loss(
         self, state: dict[str, Tensor], inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor,

@@ -108,7 +108,9 @@ class Objective:
         self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)
         # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
         worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
-        self._compiled = Compiled(self._terms, enabled=worth, note=context.reporter.note)
+        self._compiled = Compiled(
+            self._terms, enabled=worth, note=context.reporter.note, graphs=policy.cuda_graphs
+        )
 
     def lesson(self, batch: Batch, *, differentiable: bool = False) -> Lesson:
         """Ask the teacher about a batch, unless its source did and nothing else is needed.
