@@ -10,10 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers.runs import FEW, SHAPE, write_model, zsq
 from safetensors.torch import load_file
 
+from zsq.runtime import policy
 from zsq.runtime.checkpoints import Checkpoints
+from zsq.tuning import compiling
 
 
 def arguments(folder, run, *more):
@@ -54,6 +57,33 @@ def test_an_interrupted_run_ends_with_the_same_weights(whole, monkeypatch, capsy
     code, _, err = zsq(monkeypatch, capsys, *arguments(whole, run, "--resume"))
     assert code == 0, err
     assert weights(whole / run) == weights(whole / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_so_does_one_that_is_compiled_and_in_bf16(whole, monkeypatch, capsys):
+    monkeypatch.setattr(policy, "MIN_STEPS_TO_COMPILE", 1)
+    monkeypatch.setattr(compiling, "REPAID", 0)
+    fast = ["--precision", "bf16", "--compile"]
+    code, _, err = zsq(monkeypatch, capsys, *arguments(whole, "fast", *fast))
+    assert code == 0, err
+    save = Checkpoints.save
+    for stop_after in ("synthesis_000", "piece_000", "piece_001"):
+        run = f"fast_stopped_{stop_after}"
+
+        def save_and_stop(self, name, *rest, last=stop_after):
+            save(self, name, *rest)
+            if name == last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "save", save_and_stop)
+            assert zsq(patched, capsys, *arguments(whole, run, *fast))[0] == 130
+        torch.compiler.reset()  # as in another process
+        code, _, err = zsq(monkeypatch, capsys, *arguments(whole, run, *fast, "--resume"))
+        assert code == 0, err
+        assert weights(whole / run) == weights(whole / "fast")
+    assert weights(whole / "fast") != weights(whole / "whole")
 
 
 def test_a_killed_run_ends_with_the_same_weights(whole):
