@@ -44,6 +44,28 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert sum(len(i.raw_data) for i in stored if len(i.dims) > 1) == plan["onnx_bytes"]
 
 
+@pytest.mark.parametrize("start", ["null", "{steps: 3}"])
+@pytest.mark.parametrize("recipe", ["gdfq+ait", "autorecon", "hast"])
+def test_fine_tuned_students_have_the_chosen_bits_too(
+    model, tmp_path, monkeypatch, capsys, recipe, start
+):
+    plan = bits_of(
+        monkeypatch, capsys, model, tmp_path, "--budget", "4.6", "-o", tmp_path / "bits",
+        "--candidates", "2,4,5,8", "--recipe", recipe,
+    )  # fmt: skip
+    record = zsq_json(
+        monkeypatch, capsys, "quantize", model, "--recipe", recipe, "-o", tmp_path / "run", *SHAPE,
+        *FEW, "--bits", tmp_path / "bits" / "bits.yaml", "--set", f"tuning.start={start}",
+    )  # fmt: skip
+    student = package.load(tmp_path / "run")
+    assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
+    assert len(set(plan["layers"].values())) > 2
+    for path, layer in student.layers().items():
+        codes = layer.weight.integers
+        assert len(codes.unique()) <= 2 ** plan["layers"][path], path
+    assert record["results"]["export"]["agreement"] == 100
+
+
 def test_set_overrides_and_a_file_go_together_or_are_refused(model, tmp_path, monkeypatch, capsys):
     plan = bits_of(
         monkeypatch, capsys, model, tmp_path, "--budget", "3", "-o", tmp_path / "bits",
