@@ -129,7 +129,8 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
         )
     units = new_table("reconstruction units", "unit", "layers")
     for unit in found.units:
-        units.add_row(escape(unit["name"]), str(len(unit["layers"])))
+        parts = f", tuned in {unit['parts']} parts" if unit["parts"] > 1 else ""
+        units.add_row(escape(unit["name"]), f"{len(unit['layers'])}{parts}")
     yield units
     plans = new_table(
         "protocols", "protocol", "weights (layers)", "activations (tensors)", "expected size"

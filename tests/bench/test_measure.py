@@ -16,6 +16,7 @@ from zsq.runtime.policy import Policy
 from zsq.teacher.inspect import count_macs
 from zsq.teacher.taps import batch_norm_nodes
 from zsq.teacher.teacher import load_teacher
+from zsq.tuning import pieces
 from zsq.tuning.inundation import InundatedSGD
 
 BATCH = 4
@@ -78,6 +79,14 @@ def test_blocks_add_up_to_the_network(found, job):
     # forward and the weights' gradients everywhere, the inputs' behind each block's first layer
     assert 2 * 2 * macs * BATCH < row["flops"] < 3 * 2 * macs * BATCH
     assert row["schedule_seconds"] == pytest.approx(20000 * row["seconds"])
+
+
+def test_pieces_of_too_many_layers_are_measured_in_parts(request_, monkeypatch):
+    monkeypatch.setitem(SIDES, "cpu", 512)
+    blocks = measure(replace(request_, loop="reconstruction", plain=False), print)
+    monkeypatch.setattr(pieces, "MAX_LAYERS", 2)
+    parts = measure(replace(request_, loop="reconstruction", plain=False), print)
+    assert (len(blocks["parts"]), len(parts["parts"])) == (4, 6)
 
 
 @pytest.mark.parametrize("compiled", [0.02, 0.001])

@@ -154,3 +154,31 @@ class DecomposedSplitAttention(SplitAttention):
 
     def softmax(self, x):
         return torch._softmax(x, 1, False)
+
+
+class Branch(nn.Module):
+    """Two residual blocks in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (conv(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        x = (x + self.b(self.a(x).relu())).relu()
+        return (x + self.d(self.c(x).relu())).relu()
+
+
+class Parallel(nn.Module):
+    """Two branches that exchange their values twice; no cut between stem and head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.over, self.fc = conv(), conv(4, 4), conv(4, 4), nn.Linear(4, 3)
+        self.one, self.two, self.three, self.four = (Branch() for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        a, b = self.one(x), self.two(self.down(x))
+        a, b = a + b, b + self.over(a)
+        a, b = self.three(a), self.four(b)
+        return self.fc((a * b).mean((2, 3)))

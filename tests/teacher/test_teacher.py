@@ -97,6 +97,7 @@ def test_inspection_says_what_is_in_a_residual_network():
     assert facts.float_bytes == 4 * facts.parameters
     assert facts.macs == sum(macs_by_hooks(module, SHAPE).values())
     assert [len(unit["layers"]) for unit in facts.units] == [1, 3, 2, 1]
+    assert [unit["parts"] for unit in facts.units] == [1, 1, 1, 1]
     by_path = {layer["path"]: layer for layer in facts.layers}
     assert set(by_path) == {*names, "fc"}
     assert by_path["a1"]["weight"] == [6, 4, 3, 3]

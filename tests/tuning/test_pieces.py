@@ -5,14 +5,31 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.families import build
-from helpers.networks import Concat, Inverted, Net, Residual, SqueezeExcite, conv, randomise
+from helpers.networks import (
+    Concat,
+    Inverted,
+    Net,
+    Parallel,
+    Residual,
+    SqueezeExcite,
+    conv,
+    randomise,
+)
 from helpers.oddities import NETS
 from helpers.students import SHAPE, recipe, teacher_of, values
 
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.student import attach, calibrate_student, prepared_network
+from zsq.teacher.pieces import nodes_up_to
 from zsq.teacher.teacher import load_teacher
-from zsq.tuning.pieces import block_pieces, layer_modules, layer_pieces, quantizer_modules
+from zsq.tuning import pieces as module
+from zsq.tuning.pieces import (
+    block_pieces,
+    layer_modules,
+    layer_pieces,
+    quantizer_modules,
+    tuned_pieces,
+)
 
 PROTOCOLS = ["edges-8bit", "integer", "all-low-bit"]
 
@@ -103,7 +120,7 @@ def test_each_block_reads_what_the_one_before_gives():
 @pytest.mark.parametrize("name", [Residual, Inverted, Concat, "mobilenetv3"])
 def test_single_layers_give_what_they_give_in_the_networks(name, protocol):
     network, student, x = make(name, protocol)
-    pieces = layer_pieces(network, student)
+    pieces = layer_pieces(network, student.network)
     assert [p.layers for p in pieces] == [(path,) for path in student.placement.weights]
     ours, theirs = values(network, x), values(student.network, x)
     with torch.no_grad():
@@ -116,7 +133,7 @@ def test_single_layers_give_what_they_give_in_the_networks(name, protocol):
 
 def test_a_single_layer_comes_with_its_norm_and_its_clipping_activation():
     network, student, _ = make(Residual, "edges-8bit", "fold_batch_norm=false")
-    pieces = {p.name: p for p in layer_pieces(network, student)}
+    pieces = {p.name: p for p in layer_pieces(network, student.network)}
     assert pieces["a1"].output == "relu_default_1"
     assert pieces["a2"].output == "a2_bn", "an addition follows"
     assert pieces["fc"].output == "fc"
@@ -128,12 +145,61 @@ def test_a_layer_called_twice_is_one_piece():
     net = Net(lambda n, x: n.b(n.b(n.a(x)).relu()).relu(), a=conv(), b=conv(4, 4))
     own = load_teacher(randomise(net), input_shape=SHAPE)
     student = attach(own, recipe())
-    names = [p.name for p in layer_pieces(prepared_network(own, recipe()), student)]
+    names = [p.name for p in layer_pieces(prepared_network(own, recipe()), student.network)]
     assert names == ["a", "b", "fc"]
 
 
 def test_quantizers_of_single_layers_can_be_calibrated_in_their_piece():
     network, student, _ = make(Inverted, "integer")
-    for piece in layer_pieces(network, student):
+    for piece in layer_pieces(network, student.network):
         names = {n.name for n in piece.student.graph.nodes}
         assert set(piece.quantizers) <= names, piece.name
+
+
+# --- pieces of too many layers -------------------------------------------------------------------
+
+
+def test_a_piece_of_parallel_branches_has_their_blocks_as_parts():
+    network, student, _ = make(Parallel)
+    stem, body, head = block_pieces(network, student)
+    assert (stem.parts, head.parts) == ((), ())
+    assert [part.layers for part in body.parts if len(part.layers) == 1] == [("down",), ("over",)]
+    assert len(body.parts) == 10
+    assert tuned_pieces([stem, body, head]) == [stem, *body.parts, head]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", [*NAMES, Parallel, "reused convolution", "attention"])
+def test_parts_give_what_they_give_in_the_networks_and_share_everything_out(
+    monkeypatch, name, protocol, most
+):
+    monkeypatch.setattr(module, "MAX_LAYERS", most)
+    network, student, x = make(name, protocol)
+    pieces = block_pieces(network, student)
+    parts = tuned_pieces(pieces)
+    layers = [path for part in parts for path in part.layers]
+    assert sorted(layers) == sorted(student.placement.weights)
+    assert max(len(part.layers) for part in parts) <= max(most, 1)
+    names = [quantizer for part in parts for quantizer in part.quantizers]
+    assert len(set(names)) == len(names)
+    ours, theirs = values(network, x), values(student.network, x)
+    with torch.no_grad():
+        for part in parts:
+            assert torch.equal(part.teacher(ours[part.source]), ours[part.output]), part.name
+            assert torch.equal(part.student(theirs[part.source]), theirs[part.output]), part.name
+            assert set(part.quantizers) <= {n.name for n in part.student.graph.nodes}, part.name
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", [Parallel, Residual, "mobilenetv3", "shufflenetv2"])
+def test_a_part_reads_only_what_those_before_it_compute(monkeypatch, name, protocol):
+    monkeypatch.setattr(module, "MAX_LAYERS", 2)
+    network, student, _ = make(name, protocol)
+    for piece in block_pieces(network, student):
+        tuned: set[str] = set()
+        for part in piece.parts:
+            needed = nodes_up_to(piece.teacher, part.source)
+            called = {str(n.target) for n in piece.teacher.graph.nodes if n.name in needed}
+            assert called & set(piece.layers) <= tuned, part.name
+            tuned |= set(part.layers)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from helpers.kills import Killed
-from helpers.networks import Inverted
+from helpers.networks import Inverted, Parallel
 from helpers.students import SHAPE, image_set, recipe, same_weights, teacher_of, tuned, values
 
 from zsq.errors import RunError, UsageError
@@ -16,6 +16,7 @@ from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter
 from zsq.student import attach, prepared_network
 from zsq.synthesis.images import ImageSet
+from zsq.tuning import pieces
 from zsq.tuning import reconstruct as module
 from zsq.tuning.pieces import block_pieces
 from zsq.tuning.reconstruct import reconstruct, run
@@ -38,8 +39,11 @@ def errors(teacher, student, x):
     return {c: float((ours[c] - theirs[c]).square().mean()) for c in cuts}
 
 
-@pytest.mark.parametrize("unit", ["block", "layer"])
-def test_every_block_is_nearer_to_the_teacher_than_rounding_to_nearest(teacher, unit):
+@pytest.mark.parametrize(("unit", "most"), [("block", 16), ("layer", 16), ("block", 2)])
+def test_every_block_is_nearer_to_the_teacher_than_rounding_to_nearest(
+    teacher, monkeypatch, unit, most
+):
+    monkeypatch.setattr(pieces, "MAX_LAYERS", most)
     settings = ["tuning.steps=150", "tuning.batch=16", f"tuning.unit={unit}"]
     images, unseen = image_set(64), image_set(200, seed=9).images
     # the bits need a faster rate to settle in so few steps
@@ -130,8 +134,13 @@ def test_single_layers_of_an_integer_student_can_be_tuned():
 # --- what every piece is given -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", ["block", "layer"])
-def test_pieces_get_the_teachers_and_the_tuned_students_values(teacher, monkeypatch, unit):
+@pytest.mark.parametrize(
+    ("unit", "most", "count"), [("block", 16, 4), ("layer", 16, 7), ("block", 2, 6)]
+)
+def test_pieces_get_the_teachers_and_the_tuned_students_values(
+    teacher, monkeypatch, unit, most, count
+):
+    monkeypatch.setattr(pieces, "MAX_LAYERS", most)
     problems = []
 
     class Spy(PieceTuner):
@@ -144,13 +153,23 @@ def test_pieces_get_the_teachers_and_the_tuned_students_values(teacher, monkeypa
     student = tuned(teacher, f"tuning.unit={unit}", images=images)
     theirs = values(prepared_network(teacher, student.recipe), images.images)
     ours = values(student.network, images.images)  # earlier pieces were final when they were read
-    assert len(problems) == (4 if unit == "block" else 7)
+    assert len(problems) == count
     for piece, problem in problems:
         assert torch.allclose(problem.from_teacher, theirs[piece.source], atol=1e-5), piece.name
         assert torch.allclose(problem.target, theirs[piece.output], atol=1e-5), piece.name
         assert torch.allclose(problem.from_student, ours[piece.source], atol=1e-5), piece.name
     piece, problem = problems[-1]
     assert not torch.allclose(problem.from_student, problem.from_teacher, atol=1e-3)
+
+
+def test_a_piece_that_is_tuned_in_parts_is_said(monkeypatch):
+    notes = []
+    reporter = QuietReporter()
+    reporter.note = notes.append
+    tuned(teacher_of(Parallel), "tuning.steps=2", context=Context(reporter=reporter))
+    assert any(
+        "18 layers without a cut between them are reconstructed in 10 parts" in n for n in notes
+    )
 
 
 def test_many_images_pass_a_few_at_a_time_in_order(teacher):
@@ -170,9 +189,12 @@ def test_a_seed_decides_everything(teacher):
     assert not same_weights(first, tuned(teacher, context=Context(seed=4)))
 
 
-@pytest.mark.parametrize("unit", ["block", "layer"])
+@pytest.mark.parametrize(("unit", "most"), [("block", 16), ("layer", 16), ("block", 2)])
 @pytest.mark.parametrize("last", ["piece_000", "piece_002", "piece_003"])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(teacher, tmp_path, last, unit):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    teacher, tmp_path, monkeypatch, last, unit, most
+):
+    monkeypatch.setattr(pieces, "MAX_LAYERS", most)
     setting = f"tuning.unit={unit}"
     expected = tuned(teacher, setting)
     with pytest.raises(KeyboardInterrupt):

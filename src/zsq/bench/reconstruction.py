@@ -19,8 +19,8 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled, Policy
 from zsq.student import attach, prepared_network
 from zsq.tuning.compiling import PieceCompiler
-from zsq.tuning.pieces import Piece, block_pieces
-from zsq.tuning.reconstruct import run
+from zsq.tuning.pieces import Piece, block_pieces, tuned_pieces
+from zsq.tuning.reconstruct import run, values
 from zsq.tuning.tuner import PieceTuner, Problem, piece_policy
 
 #: Batches in the set that blocks are tuned on, where no number of images is asked for.
@@ -44,10 +44,17 @@ def reconstruction_loop(job: Job) -> Iterator[Part]:
     count = job.images or BATCHES * settings.batch
     ours = theirs = torch.randn(count, *job.teacher.info.input_shape)
     for piece in block_pieces(network, student):
-        target = run(piece.teacher, theirs, context)
-        problem = Problem(theirs, ours, target)
-        yield _part(piece, problem, settings, context, compiler, job)
-        theirs, ours = target, run(piece.student, ours, context)
+        for each in tuned_pieces([piece]):
+            inputs = theirs, ours
+            if piece.parts:
+                inputs = (
+                    values(piece.teacher, theirs, each.source, context),
+                    values(piece.student, ours, each.source, context),
+                )
+            problem = Problem(*inputs, run(each.teacher, inputs[0], context))
+            yield _part(each, problem, settings, context, compiler, job)
+        theirs = run(piece.teacher, theirs, context)
+        ours = run(piece.student, ours, context)
 
 
 def _part(

@@ -16,6 +16,7 @@ from zsq.config import Bits, Override
 from zsq.quantizers.protocol import PROTOCOLS, Placement, place
 from zsq.teacher.fold import find_pairs, fold_batch_norms, module_of
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
+from zsq.teacher.regions import count_parts
 from zsq.teacher.taps import batch_norm_nodes
 from zsq.teacher.teacher import Teacher
 from zsq.teacher.units import find_units
@@ -133,7 +134,10 @@ def inspect_teacher(
         batch_norms=tuple(str(n.target) for n in batch_norm_nodes(network)),
         pairs=tuple((p.layer, p.batch_norm) for p in find_pairs(network)),
         floating=floating_layers(folded),
-        units=tuple({"name": u.name, "layers": list(u.layers)} for u in find_units(folded)),
+        units=tuple(
+            {"name": u.name, "layers": list(u.layers), "parts": count_parts(folded, u)}
+            for u in find_units(folded)
+        ),
         protocols={name: _summary(folded, p) for name, p in placements.items()},
         layers=tuple(
             _layer(folded, path, macs, placements) for path in placements["integer"].weights

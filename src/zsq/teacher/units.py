@@ -19,6 +19,8 @@ from zsq.teacher.layers import Layer
 
 #: Chains of at most this many single-layer units are merged when they make up one module.
 MAX_CHAIN = 4
+#: A unit of more layers is tuned in parts: blocks inside it, and single layers between them.
+MAX_LAYERS = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def cut_positions(nodes: list[Node]) -> list[int]:
     cuts, far = [], -1
     for i, node in enumerate(nodes):
         constant = node.meta.get("scalar") or node.op == "get_attr"
-        if far <= i and not constant and not _is_tuple(node):
+        if far <= i and not constant and not is_tuple(node):
             cuts.append(i)
         if constant:
             continue  # constants and sizes are recomputed wherever they are needed
@@ -54,7 +56,7 @@ def cut_positions(nodes: list[Node]) -> list[int]:
     return cuts
 
 
-def _is_tuple(node: Node) -> bool:
+def is_tuple(node: Node) -> bool:
     """Whether a node's value is several tensors, as those of split and chunk are."""
     return any(user.target is operator.getitem for user in node.users)
 

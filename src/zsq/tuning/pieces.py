@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -15,7 +16,8 @@ from zsq.student import Student
 from zsq.teacher.fold import module_of
 from zsq.teacher.layers import BatchNorm, operator_name
 from zsq.teacher.pieces import cut_piece
-from zsq.teacher.units import find_units
+from zsq.teacher.regions import find_regions
+from zsq.teacher.units import MAX_LAYERS, Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Piece:
         student: the quantized piece; shares its modules with the student.
         layers: paths of its layers.
         quantizers: names of the activation quantizers that are tuned with this piece.
+        parts: of a piece of too many layers to be tuned at once, each cut out of this piece, in an order
+            in which each reads only what those before compute; else empty.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Piece:
     student: GraphModule
     layers: tuple[str, ...]
     quantizers: tuple[str, ...]
+    parts: tuple[Piece, ...] = ()
 
 
 def quantizer_modules(piece: Piece) -> dict[str, ActivationQuantizer]:
@@ -69,38 +74,67 @@ def block_pieces(network: GraphModule, student: Student) -> list[Piece]:
         student: not changed.
 
     Returns:
-        Pieces in execution order; each reads what the one before computes.
+        Pieces in execution order; each reads what the one before computes. Those of more than
+        `MAX_LAYERS` layers have parts.
     """
-    units = find_units(network)
-    groups = [set(unit.nodes) for unit in units]
-    owner = {name: i for i, group in enumerate(groups) for name in group}
-    quantizers = _quantizers_by_reader(student, owner)
+    pieces = _pieces_of(network, student.network, find_units(network))
+    return [
+        replace(piece, parts=_parts(piece)) if len(piece.layers) > MAX_LAYERS else piece
+        for piece in pieces
+    ]
+
+
+def tuned_pieces(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return what is tuned at a time: parts instead of the pieces that have them."""
+    return [each for piece in pieces for each in piece.parts or (piece,)]
+
+
+def _parts(piece: Piece) -> tuple[Piece, ...]:
+    """Split a piece into the blocks inside it and the single layers between them."""
+    regions = find_regions(piece.teacher, MAX_LAYERS)
+    held = {path for region in regions for path in region.layers}
+    singles = [
+        single
+        for single in layer_pieces(piece.teacher, piece.student)
+        if single.layers[0] not in held
+    ]
+    place = {node.name: i for i, node in enumerate(piece.teacher.graph.nodes)}
+    found = [*_pieces_of(piece.teacher, piece.student, regions), *singles]
+    return tuple(_each_quantizer_once(sorted(found, key=lambda part: place[part.source])))
+
+
+def _pieces_of(network: GraphModule, student: GraphModule, units: Sequence[Unit]) -> list[Piece]:
     pieces = []
-    done: set[str] = set()
-    for i, unit in enumerate(units):
+    for unit in units:
         output = unit.nodes[-1]
-        own = quantizers.get(i, [])
+        own = _quantizers_read_by(student, set(unit.nodes))
         teacher = cut_piece(network, unit.nodes, output)
-        nodes = [*unit.nodes, *(n.name for n in own)]
-        part = cut_piece(student.network, nodes, output)
+        part = cut_piece(student, [*unit.nodes, *(n.name for n in own)], output)
         names = tuple(dict.fromkeys(str(n.target).removeprefix("quantizers.") for n in own))
-        names = tuple(n for n in names if n not in done)
-        done |= set(names)
         source = next(n.name for n in teacher.graph.nodes if n.op == "placeholder")
         pieces.append(Piece(unit.name, source, output, teacher, part, unit.layers, names))
-    return pieces
+    return _each_quantizer_once(pieces)
 
 
-def _quantizers_by_reader(student: Student, owner: dict[str, int]) -> dict[int, list[Node]]:
-    """Group quantizer nodes by the unit that reads their result first."""
-    found: dict[int, list[Node]] = {}
-    for node in student.network.graph.nodes:
-        if node.op != "call_module" or not str(node.target).startswith("quantizers."):
-            continue
-        readers = [owner[r.name] for r in _real_readers(node) if r.name in owner]
-        if readers:
-            found.setdefault(min(readers), []).append(node)
+def _each_quantizer_once(pieces: Iterable[Piece]) -> list[Piece]:
+    """Leave every quantizer to the first piece that has it."""
+    done: set[str] = set()
+    found = []
+    for piece in pieces:
+        found.append(replace(piece, quantizers=tuple(q for q in piece.quantizers if q not in done)))
+        done |= set(piece.quantizers)
     return found
+
+
+def _quantizers_read_by(student: GraphModule, readers: set[str]) -> list[Node]:
+    """Return the quantizer nodes whose results are read by any of these nodes."""
+    return [
+        node
+        for node in student.graph.nodes
+        if node.op == "call_module"
+        and str(node.target).startswith("quantizers.")
+        and any(reader.name in readers for reader in _real_readers(node))
+    ]
 
 
 def _real_readers(node: Node) -> list[Node]:
@@ -112,13 +146,13 @@ def _real_readers(node: Node) -> list[Node]:
     return readers
 
 
-def layer_pieces(network: GraphModule, student: Student) -> list[Piece]:
-    """Split teacher and student into single layers (AdaRound, arXiv 2004.10568).
+def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
+    """Split teacher's and student's graphs into single layers (AdaRound, arXiv 2004.10568).
 
     A piece is a layer with the quantizer on its input and, where nothing else reads in between, the
     batch norm and the clipping activation behind it.
     """
-    names = {n.name: n for n in student.network.graph.nodes}
+    names = {n.name: n for n in student.graph.nodes}
     pieces: list[Piece] = []
     done: set[str] = set()
     for layer in layer_nodes(network):
@@ -134,18 +168,14 @@ def layer_pieces(network: GraphModule, student: Student) -> list[Piece]:
             entry = entry.args[0]
         source = layer.args[0]
         assert isinstance(source, Node)
-        part = cut_piece(
-            student.network, [*(n.name for n in nodes), *(n.name for n in own)], output
-        )
+        part = cut_piece(student, [*(n.name for n in nodes), *(n.name for n in own)], output)
         inside = {source.name, *(n.name for n in nodes)}  # else its tensor lies behind a pooling
         quantizers = [str(n.target).removeprefix("quantizers.") for n in own]
         quantizers = [name for name in quantizers if name in inside]
-        mine = tuple(q for q in dict.fromkeys(quantizers) if q not in done)
-        done |= {str(layer.target), *mine}
-        pieces.append(
-            Piece(str(layer.target), source.name, output, teacher, part, (str(layer.target),), mine)
-        )
-    return pieces
+        mine, path = tuple(dict.fromkeys(quantizers)), str(layer.target)
+        done.add(path)
+        pieces.append(Piece(path, source.name, output, teacher, part, (path,), mine))
+    return _each_quantizer_once(pieces)
 
 
 def _tail(network: GraphModule, layer: Node) -> list[Node]:

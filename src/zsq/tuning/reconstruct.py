@@ -12,7 +12,8 @@ Boundaries are propagated, not recomputed: only the tensors at the current cut a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from torch.fx import GraphModule
 
 from zsq.config import Reconstruction
 from zsq.errors import RunError
-from zsq.quantizers.layers import QuantizedLayer
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
 from zsq.runtime.shelf import Shelf, describe, host_budget
@@ -30,7 +30,13 @@ from zsq.teacher.pieces import cut_piece, nodes_up_to
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.compiling import PieceCompiler
 from zsq.tuning.importance import channel_importance
-from zsq.tuning.pieces import Piece, block_pieces, layer_modules, layer_pieces, quantizer_modules
+from zsq.tuning.piece_state import piece_state, restore_piece
+from zsq.tuning.pieces import (
+    Piece,
+    block_pieces,
+    layer_pieces,
+    tuned_pieces,
+)
 from zsq.tuning.tuner import PASS, PieceTuner, Problem
 
 #: Steps between two records of the loss, and between two looks for NaN.
@@ -108,8 +114,12 @@ def _importance(
     assert isinstance(settings, Reconstruction)
     if settings.importance == "uniform" or not settings.steps:
         return {}
-    cut = block_pieces if settings.unit == "block" else layer_pieces
-    names = [piece.output for piece in cut(network, student)][:-1]
+    if settings.unit == "block":
+        pieces = tuned_pieces(block_pieces(network, student))
+    else:
+        pieces = layer_pieces(network, student.network)
+    place = {node.name: i for i, node in enumerate(network.graph.nodes)}
+    names = sorted((piece.output for piece in pieces), key=lambda name: place[name])[:-1]
     return channel_importance(network, names, images[: settings.calibration_images], context)
 
 
@@ -130,37 +140,74 @@ def _blocks_in_a_row(
 ) -> None:
     pieces, context, shelf = block_pieces(network, student), tools.context, tools.shelf
     context.reporter.note(describe(shelf, _boundaries(pieces, images, context)))
+    index, count = 0, len(tuned_pieces(pieces))
     from_teacher = from_student = images
-    for index, piece in enumerate(pieces):
+    for piece in pieces:
+        if piece.parts:
+            context.reporter.note(
+                f"{piece.name or 'the network'}: {len(piece.layers)} layers without a cut between them are "
+                f"reconstructed in {len(piece.parts)} parts"
+            )
+            # the parts' tensors are alive beside the piece's inputs
+            half = replace(tools, shelf=replace(shelf, budget=shelf.budget // 2))
+            inputs, numbers = (from_teacher, from_student), range(index, count)
+            _one_by_one(piece.parts, (piece.teacher, piece.student), inputs, numbers, sweep, half)
         target = run(piece.teacher, from_teacher, context, shelf)
-        counts = tools.importance.get(piece.output)
-        _tune_or_restore(
-            index, len(pieces), piece, Problem(from_teacher, from_student, target, counts), sweep,
-            tools,
-        )  # fmt: skip
-        from_teacher = (
-            target  # nothing holds the old one, so that three tensors are alive, not four
-        )
-        if index < len(pieces) - 1:
+        if not piece.parts:
+            counts = tools.importance.get(piece.output)
+            problem = Problem(from_teacher, from_student, target, counts)
+            _tune_or_restore(index, count, piece, problem, sweep, tools)
+            del problem
+        index += len(piece.parts) or 1
+        # nothing holds the old one, so that three tensors are alive, not four
+        from_teacher = target
+        if index < count:
             from_student = run(piece.student, from_student, context, shelf)
 
 
 def _layers_one_by_one(
     network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
-    pieces, context = layer_pieces(network, student), tools.context
-    for index, piece in enumerate(pieces):
-        inputs = [images, images]
-        if piece.source not in {n.name for n in network.graph.nodes if n.op == "placeholder"}:
-            parts = [
-                cut_piece(each, nodes_up_to(each, piece.source), piece.source)
-                for each in (network, student.network)
-            ]
-            inputs = [run(part, images, context, tools.shelf) for part in parts]
-        target = run(piece.teacher, inputs[0], context, tools.shelf)
-        problem = Problem(inputs[0], inputs[1], target, tools.importance.get(piece.output))
-        _tune_or_restore(index, len(pieces), piece, problem, sweep, tools)
-        del inputs, target, problem  # or they would be alive beside the next layer's
+    pieces = layer_pieces(network, student.network)
+    networks, numbers = (network, student.network), range(len(pieces))
+    _one_by_one(pieces, networks, (images, images), numbers, sweep, tools)
+
+
+def _one_by_one(
+    pieces: Sequence[Piece], networks: tuple[GraphModule, GraphModule],
+    inputs: tuple[Tensor, Tensor], numbers: range, sweep: _Pass, tools: _Tools,
+) -> None:  # fmt: skip
+    """Tune pieces that were cut out of two graphs, each on what the graphs compute for it by then.
+
+    Args:
+        pieces: each reads only what those before compute.
+        networks: the teacher's and the student's graph.
+        inputs: of the graphs, (N, ...) each.
+        numbers: of the pieces among all that are tuned; ends with their number.
+        sweep: how.
+        tools: of the run.
+    """
+    for index, piece in zip(numbers, pieces, strict=False):
+        from_teacher, from_student = (
+            values(network, given, piece.source, tools.context, tools.shelf)
+            for network, given in zip(networks, inputs, strict=True)
+        )
+        target = run(piece.teacher, from_teacher, tools.context, tools.shelf)
+        counts = tools.importance.get(piece.output)
+        problem = Problem(from_teacher, from_student, target, counts)
+        _tune_or_restore(index, numbers.stop, piece, problem, sweep, tools)
+        # or they would be alive beside the next piece's
+        del from_teacher, from_student, target, problem
+
+
+def values(
+    network: GraphModule, inputs: Tensor, name: str, context: Context, shelf: Shelf | None = None
+) -> Tensor:
+    """Return what a node of a graph computes from many inputs."""
+    if name in {n.name for n in network.graph.nodes if n.op == "placeholder"}:
+        return inputs
+    part = cut_piece(network, nodes_up_to(network, name), name)
+    return run(part, inputs, context, shelf)
 
 
 def _boundaries(pieces: list[Piece], images: Tensor, context: Context) -> list[tuple[int, ...]]:
@@ -195,7 +242,7 @@ def _tune_or_restore(
     name = f"{sweep.name}_{index:03d}"
     saved = context.checkpoints.load(name)
     if saved is not None:
-        _restore(piece, saved)
+        restore_piece(piece, saved)
         return
     title = f"reconstruction {index + 1} of {count}, {piece.name}"
     steps = sweep.settings.steps
@@ -221,7 +268,7 @@ def _tune_or_restore(
         undecided = tuner.finish()
         context.group.align(piece.student)
     context.record("tuning", steps, piece=piece.name, undecided=undecided)
-    context.checkpoints.save(name, _state(piece, sweep.activations))
+    context.checkpoints.save(name, piece_state(piece, activations=sweep.activations))
     context.flush()
 
 
@@ -233,43 +280,3 @@ def _record(context: Context, loss: Tensor, step: int, index: int, piece: Piece)
             "tuning.rounding_lr or tuning.scale_lr with --set, and check the images for outliers."
         )
     context.record("tuning", step, loss=value, piece=piece.name, index=index)
-
-
-def _state(piece: Piece, activations: bool) -> dict[str, Tensor]:
-    """Everything that tuning decided about a piece."""
-    state: dict[str, Tensor] = {}
-    for path, layer in layer_modules(piece).items():
-        frozen = layer.frozen
-        state[f"{path}.codes"] = frozen.integers
-        state[f"{path}.scale"] = frozen.scale
-        state[f"{path}.zero_point"] = frozen.zero_point
-        if layer.bias is not None:
-            state[f"{path}.bias"] = layer.bias.detach()
-    for name, quantizer in quantizer_modules(piece).items() if activations else ():
-        state[f"quantizers.{name}.raw_scale"] = quantizer.raw_scale
-        state[f"quantizers.{name}.zero_point"] = quantizer.zero_point
-    return state
-
-
-@torch.no_grad()
-def _restore(piece: Piece, state: dict[str, Tensor]) -> None:
-    for path, layer in layer_modules(piece).items():
-        saved = {k: state[f"{path}.{k}"] for k in ("codes", "scale", "zero_point")}
-        _restore_layer(layer, saved, state.get(f"{path}.bias"))
-    for name, quantizer in quantizer_modules(piece).items():
-        if f"quantizers.{name}.raw_scale" not in state:
-            continue  # a pass over the weights alone
-        quantizer.raw_scale.copy_(state[f"quantizers.{name}.raw_scale"])
-        quantizer.zero_point.copy_(state[f"quantizers.{name}.zero_point"])
-        quantizer.calibrated.fill_(True)
-        quantizer.enabled = True
-
-
-def _restore_layer(layer: QuantizedLayer, saved: dict[str, Tensor], bias: Tensor | None) -> None:
-    layer.freeze()
-    frozen = layer.frozen
-    frozen.integers.copy_(saved["codes"])
-    frozen.scale.copy_(saved["scale"])
-    frozen.zero_point.copy_(saved["zero_point"])
-    if layer.bias is not None and bias is not None:
-        layer.bias.copy_(bias)
