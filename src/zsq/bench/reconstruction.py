@@ -19,7 +19,7 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled, Policy
 from zsq.student import attach, prepared_network
 from zsq.tuning.compiling import PieceCompiler
-from zsq.tuning.pieces import Piece, block_pieces, tuned_pieces
+from zsq.tuning.pieces import Piece, block_pieces
 from zsq.tuning.reconstruct import run, values
 from zsq.tuning.tuner import PieceTuner, Problem, piece_policy
 
@@ -44,17 +44,16 @@ def reconstruction_loop(job: Job) -> Iterator[Part]:
     count = job.images or BATCHES * settings.batch
     ours = theirs = torch.randn(count, *job.teacher.info.input_shape)
     for piece in block_pieces(network, student):
-        for each in tuned_pieces([piece]):
-            inputs = theirs, ours
-            if piece.parts:
-                inputs = (
-                    values(piece.teacher, theirs, each.source, context),
-                    values(piece.student, ours, each.source, context),
-                )
-            problem = Problem(*inputs, run(each.teacher, inputs[0], context))
+        target = run(piece.teacher, theirs, context)
+        if not piece.parts:
+            problem = Problem(theirs, ours, target)
+            yield _part(piece, problem, settings, context, compiler, job)
+        for each in piece.parts:
+            from_teacher = values(piece.teacher, theirs, each.source, context)
+            from_student = values(piece.student, ours, each.source, context)
+            problem = Problem(from_teacher, from_student, run(each.teacher, from_teacher, context))
             yield _part(each, problem, settings, context, compiler, job)
-        theirs = run(piece.teacher, theirs, context)
-        ours = run(piece.student, ours, context)
+        theirs, ours = target, run(piece.student, ours, context)
 
 
 def _part(

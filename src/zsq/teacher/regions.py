@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from zsq.teacher.fold import calls, module_of, tensor_inputs
 from zsq.teacher.layers import Layer
 from zsq.teacher.pieces import cut_piece
-from zsq.teacher.units import MAX_LAYERS, Unit, common_scope, is_tuple
+from zsq.teacher.units import MAX_LAYERS, Unit, is_tuple, unit_of
 
 
 class DominatorTree:
@@ -91,7 +91,9 @@ def _candidates(piece: GraphModule) -> Iterator[Unit]:
         inside = [n for n in between if before.holds(entry, n) and after.holds(end, n)]
         read = {source for node in inside for source in tensor_inputs(node)}
         if read - set(inside) == {entry} and not is_tuple(entry) and not is_tuple(end):
-            yield _unit(piece, [*inside, *_tail(piece, end)])
+            whole = [*inside, *_tail(piece, end)]
+            if any(_is_layer(piece, node) for node in whole):
+                yield unit_of(piece, whole)
 
 
 def count_parts(network: GraphModule, unit: Unit) -> int:
@@ -100,11 +102,6 @@ def count_parts(network: GraphModule, unit: Unit) -> int:
         return 1
     regions = find_regions(cut_piece(network, unit.nodes, unit.nodes[-1]), MAX_LAYERS)
     return len(regions) + len(unit.layers) - sum(len(region.layers) for region in regions)
-
-
-def _unit(network: GraphModule, nodes: list[Node]) -> Unit:
-    layers = list(dict.fromkeys(str(n.target) for n in nodes if _is_layer(network, n)))
-    return Unit(common_scope(layers), tuple(n.name for n in nodes), tuple(layers))
 
 
 def _called_within(network: GraphModule, unit: Unit) -> bool:

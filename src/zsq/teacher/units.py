@@ -75,7 +75,7 @@ def find_units(network: GraphModule) -> list[Unit]:
     nodes = [n for n in network.graph.nodes if n.op != "output"]
     pieces = _join_reused(network, _pieces(network, nodes))
     pieces = _merge_chains(network, pieces)
-    return [_unit(network, [n for n in piece if n.op != "placeholder"]) for piece in pieces]
+    return [unit_of(network, [n for n in piece if n.op != "placeholder"]) for piece in pieces]
 
 
 def _pieces(network: GraphModule, nodes: list[Node]) -> list[list[Node]]:
@@ -158,7 +158,8 @@ def common_scope(paths: list[str]) -> str:
     return ".".join(shared)
 
 
-def _unit(network: GraphModule, piece: list[Node]) -> Unit:
+def unit_of(network: GraphModule, piece: list[Node]) -> Unit:
+    """Return the unit of these nodes, named after the module that holds its layers."""
     layers = list(dict.fromkeys(str(n.target) for n in _layers(network, piece)))
     name = layers[0] if len(layers) == 1 else common_scope(layers) or " + ".join(layers[:2])
     return Unit(name, tuple(n.name for n in piece), tuple(layers))

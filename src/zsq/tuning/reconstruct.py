@@ -31,12 +31,7 @@ from zsq.teacher.teacher import Teacher
 from zsq.tuning.compiling import PieceCompiler
 from zsq.tuning.importance import channel_importance
 from zsq.tuning.piece_state import piece_state, restore_piece
-from zsq.tuning.pieces import (
-    Piece,
-    block_pieces,
-    layer_pieces,
-    tuned_pieces,
-)
+from zsq.tuning.pieces import Piece, block_pieces, layer_pieces, tuned_pieces
 from zsq.tuning.tuner import PASS, PieceTuner, Problem
 
 #: Steps between two records of the loss, and between two looks for NaN.
@@ -145,13 +140,15 @@ def _blocks_in_a_row(
     for piece in pieces:
         if piece.parts:
             context.reporter.note(
-                f"{piece.name or 'the network'}: {len(piece.layers)} layers without a cut between them are "
-                f"reconstructed in {len(piece.parts)} parts"
+                f"{piece.name}: {len(piece.layers)} layers without a cut between them are reconstructed "
+                f"in {len(piece.parts)} parts"
             )
             # the parts' tensors are alive beside the piece's inputs
             half = replace(tools, shelf=replace(shelf, budget=shelf.budget // 2))
-            inputs, numbers = (from_teacher, from_student), range(index, count)
-            _one_by_one(piece.parts, (piece.teacher, piece.student), inputs, numbers, sweep, half)
+            _one_by_one(
+                piece.parts, (piece.teacher, piece.student), (from_teacher, from_student),
+                range(index, count), sweep, half,
+            )  # fmt: skip
         target = run(piece.teacher, from_teacher, context, shelf)
         if not piece.parts:
             counts = tools.importance.get(piece.output)
