@@ -143,6 +143,14 @@ class PieceTuner:
         indices, self.order = self.order[:batch], self.order[batch:]
         return group.part(indices)
 
+    def _read_ahead(self) -> None:
+        """Have the next batch read from files, where it lies there and its images are drawn already."""
+        if len(self.order) < self.batch:
+            return
+        indices = self.context.group.part(self.order[: self.batch])
+        for fetcher in (self.from_teacher, self.target, self.from_student):
+            fetcher.read_ahead(indices)
+
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction error: a power, summed over channels, averaged over the rest."""
         with self.policy.autocast():
@@ -191,7 +199,9 @@ class PieceTuner:
         if self.settings.mix > 0:
             theirs = self.from_student.fetch(indices)
             inputs = torch.lerp(inputs, theirs, self.masks.draw(inputs))
-        total, error = self.losses(step, inputs, self.target.fetch(indices))
+        target = self.target.fetch(indices)
+        self._read_ahead()
+        total, error = self.losses(step, inputs, target)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.optimizers:
