@@ -10,7 +10,7 @@ from zsq.bench.plain_tuning import plain_finetuning
 from zsq.bench.turns import Tick, TickingReporter
 from zsq.config import Finetuning, GeneratorSynthesis
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Compiled, Policy
+from zsq.runtime.policy import Policy
 from zsq.student import attach
 from zsq.synthesis.generators import build_generator
 from zsq.synthesis.labels import plain_labels
@@ -62,9 +62,9 @@ def _passes(
     teacher, student = job.network(policy), job.network(policy).requires_grad_(True)
     # as the loop does: on a CPU a compiled student is no faster
     fast_student = compile and policy.device.type == "cuda"
-    make = Compiled(generator, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
-    judge = Compiled(teacher, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
-    learn = Compiled(student, enabled=fast_student, note=job.note, graphs=policy.cuda_graphs)
+    make = policy.compiled(generator, enabled=compile, note=job.note)
+    judge = policy.compiled(teacher, enabled=compile, note=job.note)
+    learn = policy.compiled(student, enabled=fast_student, note=job.note)
     labels = plain_labels(images, classes, policy.device)
     noise = generator.draw_noise(labels)  # type: ignore[operator]
     free = [p for module in (generator, student) for p in module.parameters()]

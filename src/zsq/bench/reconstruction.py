@@ -16,7 +16,7 @@ from zsq.bench.plain_tuning import plain_reconstruction
 from zsq.bench.turns import Tick
 from zsq.config import Reconstruction
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Compiled, Policy
+from zsq.runtime.policy import Policy
 from zsq.student import attach, prepared_network
 from zsq.tuning.compiling import PieceCompiler
 from zsq.tuning.pieces import Piece, block_pieces
@@ -93,7 +93,7 @@ def _passes(
     """Return the passes of a float block whose weights learn."""
     block = policy.placed_copy(block).requires_grad_(True)
     inputs, target = (channels_last(x.to(policy.device)) for x in (inputs, target))
-    forward = Compiled(block, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
+    forward = policy.compiled(block, enabled=compile, note=job.note)
     free = list(block.parameters())
 
     def step() -> None:

@@ -14,7 +14,7 @@ from zsq.bench.plain_synthesis import plain_genie, plain_pixels
 from zsq.bench.turns import Tick, TickingReporter
 from zsq.config import GenieSynthesis, MixedSynthesis, PixelSynthesis
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Compiled, Policy
+from zsq.runtime.policy import Policy
 from zsq.settings import Synthesis
 from zsq.synthesis.generator import Generator
 from zsq.synthesis.genie import synthesize_genie
@@ -79,7 +79,7 @@ def pixel_loop(job: Job) -> Iterator[Part]:
 def passes_of(network: nn.Module, inputs: Tensor, policy: Policy, compile: bool, job: Job) -> Step:
     """Return the forward pass of a network and the backward pass to its inputs and free weights."""
     inputs.requires_grad_()
-    forward = Compiled(network, enabled=compile, note=job.note, graphs=policy.cuda_graphs)
+    forward = policy.compiled(network, enabled=compile, note=job.note)
     free = [inputs, *(p for p in network.parameters() if p.requires_grad)]
 
     def step() -> None:

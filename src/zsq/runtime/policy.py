@@ -46,6 +46,14 @@ class Policy:
         """Return whether a loop of so many steps may be, and repays being, compiled."""
         return self.compile and steps >= MIN_STEPS_TO_COMPILE
 
+    def compiled(
+        self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None],
+        dynamic: bool = False,
+    ) -> Compiled:  # fmt: skip
+        """Return a function compiled as this policy says; arguments are those of `Compiled`."""
+        graphs = self.cuda_graphs and not dynamic  # a graph is of one size
+        return Compiled(function, enabled=enabled, note=note, dynamic=dynamic, graphs=graphs)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which convolutions and products run in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

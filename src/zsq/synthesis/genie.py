@@ -97,7 +97,7 @@ class _Round:
     ) -> None:  # fmt: skip
         self.objective, self.loss_function, self.settings = objective, loss_function, settings
         self.context, self.first = objective.context, first
-        self.device = device = self.context.policy.device
+        device = self.context.policy.device
         self.latents: list[Tensor] = []
         drawn: list[Tensor] = []
         for index, (size, generator) in enumerate(zip(sizes, objective.generators, strict=False)):

@@ -17,7 +17,6 @@ from zsq.functional.statistics import (
     image_loss,
 )
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Compiled
 from zsq.runtime.shelf import room_for_work
 from zsq.synthesis.generator import Generator
 from zsq.synthesis.slicing import AT_WORK, kept_bytes, slice_size, sliced_loss
@@ -118,13 +117,13 @@ def loss_function(
     room = room_for_work(policy)
     size = slice_size(batch * parallel, fixed * parallel, per_image, room)
     if size >= batch * parallel:
-        return Compiled(objective, enabled=compile, note=note, graphs=policy.cuda_graphs)
+        return policy.compiled(objective, enabled=compile, note=note)
     size = min(size, batch)
     note(
         f"synthesis: batches of {batch} images go through the teacher {size} at a time, to fit the "
         "memory (--memory); same statistics, somewhat slower steps"
     )
-    sums = Compiled(objective.sums, enabled=compile, note=note, graphs=policy.cuda_graphs)
+    sums = policy.compiled(objective.sums, enabled=compile, note=note)
     with torch.no_grad():
         places = [x[0, 0].numel() for x in objective.inputs(objective.images(z[:2], 0), offsets)]
 

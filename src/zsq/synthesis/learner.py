@@ -22,7 +22,6 @@ from torch import Tensor
 from zsq.config import GeneratorSynthesis
 from zsq.runtime.context import Context
 from zsq.runtime.optimizers import optimizer_state, restore_optimizer
-from zsq.runtime.policy import Compiled
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.generators import build_generator
 from zsq.synthesis.images import ImageSet, predict
@@ -70,10 +69,9 @@ class GeneratorLearner:
             None if alone else partial(group.pool, share=self.share),
         )  # fmt: skip
         # a compiler cannot take exchanges between processes into its graph
-        self.objective = Compiled(
-            objective, enabled=alone and policy.worth_compiling(steps),
-            note=context.reporter.note, graphs=policy.cuda_graphs,
-        )  # fmt: skip
+        self.objective = policy.compiled(
+            objective, enabled=alone and policy.worth_compiling(steps), note=context.reporter.note
+        )
         self.rate = torch.tensor(settings.lr, device=policy.device)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=self.rate, betas=BETAS, fused=True

@@ -184,9 +184,7 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
     parallel = 1 if objective.with_features else settings.parallel
     rounds = side_by_side(batch_sizes(settings.images, settings.batch), parallel)
     worth = context.policy.worth_compiling(settings.steps * len(rounds))
-    loss_function = Compiled(
-        objective, enabled=worth, note=context.reporter.note, graphs=context.policy.cuda_graphs
-    )
+    loss_function = context.policy.compiled(objective, enabled=worth, note=context.reporter.note)
     classes = count_classes(teacher)
     centers = ClassCenters(classes, objective.width) if objective.with_features else None
 

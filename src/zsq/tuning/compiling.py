@@ -23,7 +23,7 @@ from zsq.functional.losses import reconstruction_error
 from zsq.functional.rounding import rounding_regularizer
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.weight import SoftRoundWeight
-from zsq.runtime.policy import Compiled, Policy
+from zsq.runtime.policy import Policy
 from zsq.teacher.layers import operator_name
 from zsq.tuning.pieces import Piece
 
@@ -106,7 +106,7 @@ class _Template:
         self.student = copy.deepcopy(piece.student)
         self.weights = [m for m in self.student.modules() if isinstance(m, SoftRoundWeight)]
         self.power, self.policy = power, policy
-        self.compiled = Compiled(self._loss, enabled=True, note=note, graphs=policy.cuda_graphs)
+        self.compiled = policy.compiled(self._loss, enabled=True, note=note)
 
     def _loss(
         self, state: dict[str, Tensor], inputs: Tensor, target: Tensor, beta: Tensor, weight: Tensor,

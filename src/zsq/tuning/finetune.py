@@ -34,7 +34,6 @@ from zsq.runtime.optimizers import (
     restore_generators,
     restore_optimizer,
 )
-from zsq.runtime.policy import Compiled
 from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import check_weights, record_terms
 from zsq.student import Student
@@ -135,7 +134,7 @@ class FineTuner:
         self.weight_rule = InundatedSGD(
             self.weights, momentum=settings.momentum, weight_decay=settings.weight_decay,
             grid=rule.grid if rule else "frozen", guarantee=rule.guarantee if rule else True,
-            crossings=Compiled(
+            crossings=context.policy.compiled(
                 crossing_multipliers, enabled=context.policy.worth_compiling(settings.steps),
                 note=context.reporter.note, dynamic=True,
             ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from zsq.quantizers.minmax import TrackedActivation, to_grid
-from zsq.runtime.policy import Compiled, Policy
+from zsq.runtime.policy import Policy
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def fused_rounding(
     """
     chosen = list(quantizers)
     if policy.device.type == "cpu" and policy.worth_compiling(steps):
-        rounding = Compiled(to_grid, enabled=True, note=note, dynamic=True)
+        rounding = policy.compiled(to_grid, enabled=True, note=note, dynamic=True)
         for quantizer in chosen:
             quantizer.rounding = rounding
     try:

@@ -17,7 +17,6 @@ from zsq.functional.alignment import alignment_loss
 from zsq.functional.generator_loss import soft_cross_entropy
 from zsq.functional.losses import kl_divergence
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Compiled
 from zsq.student import Student, prepared_network
 from zsq.synthesis.batches import Batch
 from zsq.teacher.blocks import block_outputs, tap_nodes
@@ -108,9 +107,7 @@ class Objective:
         self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)
         # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
         worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
-        self._compiled = Compiled(
-            self._terms, enabled=worth, note=context.reporter.note, graphs=policy.cuda_graphs
-        )
+        self._compiled = policy.compiled(self._terms, enabled=worth, note=context.reporter.note)
 
     def lesson(self, batch: Batch, *, differentiable: bool = False) -> Lesson:
         """Ask the teacher about a batch, unless its source did and nothing else is needed.

@@ -77,7 +77,7 @@ def block_pieces(network: GraphModule, student: Student) -> list[Piece]:
         Pieces in execution order; each reads what the one before computes. Those of more than
         `MAX_LAYERS` layers have parts.
     """
-    pieces = _pieces_of(network, student.network, find_units(network))
+    pieces = _each_quantizer_once(_pieces_of(network, student.network, find_units(network)))
     return [
         replace(piece, parts=_parts(piece)) if len(piece.layers) > MAX_LAYERS else piece
         for piece in pieces
@@ -95,7 +95,7 @@ def _parts(piece: Piece) -> tuple[Piece, ...]:
     held = {path for region in regions for path in region.layers}
     singles = [
         single
-        for single in layer_pieces(piece.teacher, piece.student)
+        for single in _single_layers(piece.teacher, piece.student)
         if single.layers[0] not in held
     ]
     place = {node.name: i for i, node in enumerate(piece.teacher.graph.nodes)}
@@ -113,7 +113,7 @@ def _pieces_of(network: GraphModule, student: GraphModule, units: Sequence[Unit]
         names = tuple(dict.fromkeys(str(n.target).removeprefix("quantizers.") for n in own))
         source = next(n.name for n in teacher.graph.nodes if n.op == "placeholder")
         pieces.append(Piece(unit.name, source, output, teacher, part, unit.layers, names))
-    return _each_quantizer_once(pieces)
+    return pieces
 
 
 def _each_quantizer_once(pieces: Iterable[Piece]) -> list[Piece]:
@@ -152,6 +152,10 @@ def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
     A piece is a layer with the quantizer on its input and, where nothing else reads in between, the
     batch norm and the clipping activation behind it.
     """
+    return _each_quantizer_once(_single_layers(network, student))
+
+
+def _single_layers(network: GraphModule, student: GraphModule) -> list[Piece]:
     names = {n.name: n for n in student.graph.nodes}
     pieces: list[Piece] = []
     done: set[str] = set()
@@ -175,7 +179,7 @@ def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
         mine, path = tuple(dict.fromkeys(quantizers)), str(layer.target)
         done.add(path)
         pieces.append(Piece(path, source.name, output, teacher, part, (path,), mine))
-    return _each_quantizer_once(pieces)
+    return pieces
 
 
 def _tail(network: GraphModule, layer: Node) -> list[Node]:

@@ -147,7 +147,7 @@ def _blocks_in_a_row(
             half = replace(tools, shelf=replace(shelf, budget=shelf.budget // 2))
             _one_by_one(
                 piece.parts, (piece.teacher, piece.student), (from_teacher, from_student),
-                range(index, count), sweep, half,
+                index, count, sweep, half,
             )  # fmt: skip
         target = run(piece.teacher, from_teacher, context, shelf)
         if not piece.parts:
@@ -166,13 +166,13 @@ def _layers_one_by_one(
     network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
     pieces = layer_pieces(network, student.network)
-    networks, numbers = (network, student.network), range(len(pieces))
-    _one_by_one(pieces, networks, (images, images), numbers, sweep, tools)
+    networks = (network, student.network)
+    _one_by_one(pieces, networks, (images, images), 0, len(pieces), sweep, tools)
 
 
 def _one_by_one(
     pieces: Sequence[Piece], networks: tuple[GraphModule, GraphModule],
-    inputs: tuple[Tensor, Tensor], numbers: range, sweep: _Pass, tools: _Tools,
+    inputs: tuple[Tensor, Tensor], first: int, count: int, sweep: _Pass, tools: _Tools,
 ) -> None:  # fmt: skip
     """Tune pieces that were cut out of two graphs, each on what the graphs compute for it by then.
 
@@ -180,11 +180,12 @@ def _one_by_one(
         pieces: each reads only what those before compute.
         networks: the teacher's and the student's graph.
         inputs: of the graphs, (N, ...) each.
-        numbers: of the pieces among all that are tuned; ends with their number.
+        first: index of the first of them among all that are tuned.
+        count: of all that are tuned.
         sweep: how.
         tools: of the run.
     """
-    for index, piece in zip(numbers, pieces, strict=False):
+    for index, piece in enumerate(pieces, first):
         from_teacher, from_student = (
             values(network, given, piece.source, tools.context, tools.shelf)
             for network, given in zip(networks, inputs, strict=True)
@@ -192,7 +193,7 @@ def _one_by_one(
         target = run(piece.teacher, from_teacher, tools.context, tools.shelf)
         counts = tools.importance.get(piece.output)
         problem = Problem(from_teacher, from_student, target, counts)
-        _tune_or_restore(index, numbers.stop, piece, problem, sweep, tools)
+        _tune_or_restore(index, count, piece, problem, sweep, tools)
         # or they would be alive beside the next piece's
         del from_teacher, from_student, target, problem
 

@@ -148,7 +148,8 @@ class PieceTuner:
         if len(self.order) < self.batch:
             return
         indices = self.context.group.part(self.order[: self.batch])
-        for fetcher in (self.from_teacher, self.target, self.from_student):
+        mixed = [self.from_student] if self.settings.mix > 0 else []
+        for fetcher in (self.from_teacher, self.target, *mixed):
             fetcher.read_ahead(indices)
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
