@@ -19,8 +19,9 @@ class GenieSynthesis(Part):
     """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
     batch: int = Field(default=128, ge=2)
     """Images that share a generator and batch statistics."""
-    parallel: int = Field(default=1, ge=1)
-    """Batches in flight side by side: speed where one does not fill the device, nothing else."""
+    parallel: int | None = Field(default=None, ge=1)
+    """Batches in flight side by side: speed where one does not fill the device, nothing else. None: on a
+    GPU as many as fill it, measured, elsewhere one."""
     steps: int = Field(default=4000, ge=1)
     """Optimisation steps per batch."""
     latent: int = Field(default=256, ge=1)
@@ -97,9 +98,9 @@ class PixelSynthesis(Part):
     """Images to make in all; the last batches are smaller where ``batch`` does not divide them."""
     batch: int = Field(default=256, ge=2)
     """Images that share batch statistics."""
-    parallel: int = Field(default=1, ge=1)
-    """Batches in flight side by side: speed where one does not fill the device, nothing else. Where
-    ``class_band`` has weight, always one: a batch's class centres come from all batches before it."""
+    parallel: int | None = Field(default=None, ge=1)
+    """Batches in flight side by side, as in `GenieSynthesis`. Where ``class_band`` has weight, always one:
+    a batch's class centres come from all batches before it."""
     steps: int = Field(default=1000, ge=1)
     """Optimisation steps per batch."""
     lr: float = Field(default=0.5, gt=0)

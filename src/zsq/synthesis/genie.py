@@ -26,6 +26,7 @@ from zsq.runtime.seeds import seeded
 from zsq.runtime.tasks import Task
 from zsq.synthesis.batches import batch_sizes, side_by_side
 from zsq.synthesis.dealing import dealt
+from zsq.synthesis.filling import batches_at_a_time
 from zsq.synthesis.genie_loss import Loss, Objective, loss_function, make_objective
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.plateau import Plateau
@@ -54,7 +55,9 @@ def synthesize_genie(teacher: Teacher, settings: GenieSynthesis, context: Contex
     """
     shifts = len(strided_nodes(teacher.network)) if settings.swing else 0
     sizes = batch_sizes(settings.images, settings.batch)
-    rounds = side_by_side(sizes, settings.parallel)
+    parallel = batches_at_a_time(settings.parallel, sizes, teacher, context)
+    settings = settings.model_copy(update={"parallel": parallel})
+    rounds = side_by_side(sizes, parallel)
     widest = max(len(each) for each in rounds)
     objective = make_objective(
         teacher, settings.latent, widest, swing=shifts > 0, context=context

@@ -38,6 +38,7 @@ from zsq.runtime.terms import record_terms
 from zsq.synthesis.batches import PASS, batch_sizes, side_by_side
 from zsq.synthesis.centers import ClassCenters, pooled_width
 from zsq.synthesis.dealing import dealt
+from zsq.synthesis.filling import batches_at_a_time
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.objective import count_classes
 from zsq.synthesis.plateau import Plateau
@@ -181,8 +182,11 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
         RunError: the loss became NaN.
     """
     objective = _Objective(teacher, settings, context)
+    sizes = batch_sizes(settings.images, settings.batch)
     parallel = 1 if objective.with_features else settings.parallel
-    rounds = side_by_side(batch_sizes(settings.images, settings.batch), parallel)
+    parallel = batches_at_a_time(parallel, sizes, teacher, context)
+    settings = settings.model_copy(update={"parallel": parallel})
+    rounds = side_by_side(sizes, parallel)
     worth = context.policy.worth_compiling(settings.steps * len(rounds))
     loss_function = context.policy.compiled(objective, enabled=worth, note=context.reporter.note)
     classes = count_classes(teacher)
