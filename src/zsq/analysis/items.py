@@ -42,12 +42,11 @@ class Dissection:
     def __init__(self, student: Student, network: GraphModule) -> None:
         self.quantized = student.copy()
         self.float = student.copy()
-        self.originals: dict[str, Tensor] = {}
+        self.originals: dict[str, FloatWeight] = {}  # part of the twin: they go where it goes
         for path, layer in self.float.layers().items():
             original = network.get_submodule(path)
             assert isinstance(original, Layer)
-            self.originals[path] = original.weight.detach()
-            layer.weight = FloatWeight(original.weight)
+            self.originals[path] = layer.weight = FloatWeight(original.weight)
             if layer.bias is not None and original.bias is not None:
                 layer.bias.data.copy_(original.bias)
         for path, module in self.float.network.named_modules():
@@ -81,7 +80,7 @@ class Dissection:
             finally:
                 quantizer.enabled = True
         else:
-            with _swapped(self.quantized.layers()[name], FloatWeight(self.originals[name])):
+            with _swapped(self.quantized.layers()[name], self.originals[name]):
                 yield self.quantized
 
 

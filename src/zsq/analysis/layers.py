@@ -167,7 +167,7 @@ def _weight_facts(parts: Dissection, path: str) -> tuple[int, float | None, floa
     high = 2**weight.bits - 1
     ends = ((codes == 0) | (codes == high)).float().mean()
     used = sum(len(row.unique()) for row in codes) / len(codes)
-    ratio = signal_to_noise(parts.originals[path].to(codes.device), weight())
+    ratio = signal_to_noise(parts.originals[path](), weight())
     return weight.bits, _finite(ratio), float(ends), max(1 - used / (high + 1), 0.0)
 
 

@@ -25,6 +25,7 @@ from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers
 from zsq.quantizers.protocol import Placement
 from zsq.runtime.context import Context
+from zsq.runtime.fetching import Fetcher
 from zsq.runtime.seeds import seeded
 from zsq.runtime.terms import record_terms
 from zsq.settings.tuning import Calibration
@@ -195,6 +196,8 @@ def _on_device(images: Tensor, context: Context) -> Tensor:
 def _learn(
     student: GraphModule, images: Tensor, wanted: Tensor, steps: int, context: Context
 ) -> None:
+    device = context.policy.device
+    pictures, targets = Fetcher(images, BATCH, device), Fetcher(wanted, BATCH, device)
     learned = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=RATE)
     with context.reporter.task("equalization", steps) as task:
@@ -202,7 +205,7 @@ def _learn(
             optimizer.param_groups[0]["lr"] = RATE * cosine(step, steps)
             optimizer.zero_grad()
             chosen = torch.randperm(len(images))[:BATCH]
-            loss = _backward(student, images[chosen], wanted[chosen], context)
+            loss = _backward(student, pictures.fetch(chosen), targets.fetch(chosen), context)
             optimizer.step()
             if step % RECORD_EVERY == 0 or step == steps - 1:
                 record_terms(context, "equalization", step, {"loss": loss}, advice=ADVICE)
@@ -213,11 +216,11 @@ def _backward(student: GraphModule, batch: Tensor, wanted: Tensor, context: Cont
     """Add up the gradients of a batch, a slice at a time; return its mean divergence."""
     parts = _slices(batch)
     targets = torch.split(wanted, len(parts[0]))
-    total = torch.zeros((), device=context.policy.device)
+    total = torch.zeros((), device=batch.device)
     for part, target in zip(parts, targets, strict=True):
         with context.policy.autocast():
-            given = student(_on_device(part, context))
-        loss = kl_divergence(given, target.to(given.device), TEMPERATURE, "sample")
+            given = student(part.contiguous(memory_format=torch.channels_last))
+        loss = kl_divergence(given, target, TEMPERATURE, "sample")
         loss = loss * (len(part) / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
