@@ -69,15 +69,26 @@ def test_nothing_is_measured_where_there_is_no_choice():
 # --- who is asked --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class First(Group):
+    """Process 0 of a group, without the others."""
+
+    def from_first(self, make):
+        return make()
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """Let a measurement say that all fit; return what it was asked."""
     asked = []
 
-    def all_fit(most, batch, teacher, context):
-        asked.append((most, batch))
+    def all_fit(most, passes, context):
+        asked.append((most, passes.batch[0]))
         return most
 
+    # the device that says "cuda" is not there
+    place = Policy().placed_copy
+    monkeypatch.setattr(Policy, "placed_copy", lambda policy, network: place(network))
     monkeypatch.setattr(filling, "_measured", all_fit)
     return asked
 
@@ -87,10 +98,11 @@ def test_a_recipe_has_the_last_word(teacher, measured):
     assert not measured
 
 
-@pytest.mark.parametrize(("sizes", "policy"), [([4] * 8, Policy()), ([4], GPU), ([4, 3], GPU)])
-def test_a_cpu_and_single_batches_are_not_measured(teacher, measured, sizes, policy):
-    assert batches_at_a_time(None, sizes, teacher, Context(policy=policy)) == 1
+def test_a_cpu_is_not_measured(teacher, measured, tmp_path):
+    context = Context(checkpoints=Checkpoints(tmp_path))
+    assert batches_at_a_time(None, [4] * 8, teacher, context) == 1
     assert not measured
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_batches_of_one_size_go_side_by_side(teacher, measured):
@@ -102,22 +114,22 @@ def test_a_resumed_run_goes_on_with_what_was_measured(teacher, measured, tmp_pat
     context = Context(policy=GPU, checkpoints=Checkpoints(tmp_path))
     assert batches_at_a_time(None, [4] * 6, teacher, context) == 6
     assert batches_at_a_time(None, [4] * 6, teacher, context) == 6
+    more = dataclasses.replace(context, group=First(size=6))  # as many processes as batches
+    assert batches_at_a_time(None, [4] * 6, teacher, more) == 6
     assert measured == [(6, 4)]
 
 
-@dataclasses.dataclass(frozen=True)
-class First(Group):
-    """Process 0 of a group, without the others."""
-
-    def from_first(self, make):
-        return make()
+def test_a_run_that_many_began_is_resumed_by_one(teacher, measured, tmp_path):
+    many = Context(policy=GPU, checkpoints=Checkpoints(tmp_path), group=First(size=6))
+    assert batches_at_a_time(None, [4] * 6, teacher, many) == 1
+    assert batches_at_a_time(None, [4] * 6, teacher, dataclasses.replace(many, group=Group())) == 1
 
 
 def test_no_process_is_left_without_batches(teacher, measured):
     found = batches_at_a_time(None, [4] * 10, teacher, Context(policy=GPU, group=First(size=4)))
     assert found == 3
     assert batches_at_a_time(None, [4] * 4, teacher, Context(policy=GPU, group=First(size=4))) == 1
-    assert measured == [(3, 4)]
+    assert measured == [(3, 4), (1, 4)]
 
 
 # --- the passes that are timed -------------------------------------------------------------------
@@ -157,11 +169,12 @@ class Notes(QuietReporter):
 
 def test_as_many_as_fit_the_memory(teacher, monkeypatch):
     monkeypatch.setattr(Passes, "seconds", lambda self, count: 1.0)
-    needed = Passes.of(teacher, 4, Policy()).kept_bytes()
+    passes = Passes.of(teacher, 4, Policy())
+    needed = passes.kept_bytes()
     notes = Notes()
     for fit, expected in [(0, 1), (1, 1), (3, 3), (100, 8)]:
         context = Context(policy=Policy(memory=2 * fit * needed + needed), reporter=notes)
-        assert filling._measured(8, 4, teacher, context) == expected
+        assert filling._measured(8, passes, context) == expected
     assert len(notes.told) == 2
     assert "3 of the batches of 4 images are made side by side" in notes.told[0]
 

@@ -46,26 +46,26 @@ def batches_at_a_time(
     """
     if asked is not None:
         return asked
-    alike = max(len(tuple(same)) for _, same in groupby(sizes))
-    most = math.ceil(alike / context.group.size)  # no process is left without work
-    if most == 1 or context.policy.device.type == "cpu":
+    if context.policy.device.type == "cpu":
         return 1
     saved = context.checkpoints.load(CHECKPOINT)
-    if saved is not None:
+    if saved is not None:  # before anything else: perhaps by another number of processes
         return int(saved["count"])
-    count = context.group.from_first(lambda: _measured(most, max(sizes), teacher, context))
+    alike = max(len(tuple(same)) for _, same in groupby(sizes))
+    most = math.ceil(alike / context.group.size)  # no process is left without work
+    passes = Passes.of(teacher, max(sizes), context.policy)
+    count = context.group.from_first(lambda: _measured(most, passes, context))
     context.checkpoints.save(CHECKPOINT, {"count": torch.tensor(count)})
     return count
 
 
-def _measured(most: int, batch: int, teacher: Teacher, context: Context) -> int:
-    passes = Passes.of(teacher, batch, context.policy)
+def _measured(most: int, passes: Passes, context: Context) -> int:
     fits = int(SHARE * room_for_work(context.policy) / max(1, passes.kept_bytes()))
     count = filling(min(most, fits), passes.seconds)
     if count > 1:
         context.reporter.note(
-            f"synthesis: {count} of the batches of {batch} images are made side by side, as one does not "
-            "fill the GPU (--set synthesis.parallel=1 makes them one by one)"
+            f"synthesis: {count} of the batches of {passes.batch[0]} images are made side by side, as "
+            "one does not fill the GPU (--set synthesis.parallel=1 makes them one by one)"
         )
     return count
 
@@ -85,14 +85,16 @@ def filling(most: int, seconds: Callable[[int], float]) -> int:
         >>> filling(6, lambda count: 1.0 if count <= 4 else count / 4)
         3
     """
-    count, each = 1, seconds(1) if most > 1 else 0.0
+    if most <= 1:
+        return 1
+    count, each = 1, seconds(1)
     while count < most:
         wider = min(2 * count, most)
         now = seconds(wider) / wider
         if now > WORTH * each:
             break
         count, each = wider, now
-    return math.ceil(most / math.ceil(most / count)) if most > 1 else 1
+    return math.ceil(most / math.ceil(most / count))
 
 
 @dataclass(frozen=True)
