@@ -12,8 +12,9 @@ from helpers.runs import write_images
 from torch import nn
 
 import zsq
+from zsq.bench import peak
 from zsq.bench.loops import Job
-from zsq.bench.measure import LOOPS
+from zsq.bench.measure import LOOPS, Request, measure
 from zsq.bits.choose import choose_bits
 from zsq.config import load_recipe
 from zsq.runtime.checkpoints import Checkpoints
@@ -223,6 +224,20 @@ def test_loops_do_not_wait_for_the_device_in_steady_state(teacher, name):
         with pytest.raises(WatchedError):
             part.drive(tick)
         assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_are_measured_on_a_gpu(monkeypatch, name):
+    monkeypatch.setitem(peak.SIDES, "cuda", 64)
+    asked = Request(
+        "zsq:resnet20_cifar10", name, batch=4, steps=1, device="cuda:0", precision="fp32",
+        compile=False, plain=True,
+    )  # fmt: skip
+    with emulated_gpu():
+        found = measure(asked, lambda note: None)
+    assert found["memory_kind"] == "allocated on the GPU"
+    assert min(found[name] for name in ("seconds", "ratio_to_bare", "speedup_over_plain")) > 0
 
 
 # --- everything else that takes a device ---------------------------------------------------------

@@ -182,6 +182,8 @@ def emulated_gpu(free=40 << 30):
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "current_device": lambda: 0, "get_device_capability": lambda device=None: (7, 0),
         "mem_get_info": lambda device=None: (free, 80 << 30), "synchronize": lambda device=None: None,
+        "init": lambda: None, "reset_peak_memory_stats": lambda device=None: None,
+        "max_memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0, "memory_allocated": lambda device=None: 0,
         "is_bf16_supported": lambda *_: False, "Event": _Event, "get_device_name": lambda _: "emulated",
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
