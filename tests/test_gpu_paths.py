@@ -2,6 +2,7 @@
 """What only a GPU runs, on an emulated one: what lies where, and what is waited for."""
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -224,6 +225,20 @@ def test_loops_do_not_wait_for_the_device_in_steady_state(teacher, name):
         with pytest.raises(WatchedError):
             part.drive(tick)
         assert found == []
+
+
+@pytest.mark.parametrize("name", ["genie", "hast+ait", "gdfq+ait"])
+def test_no_step_of_a_run_waits_for_the_device(teacher, name):
+    """Between two looks at a loss; setting up, checkpoints and results do wait."""
+
+    def waits_of(steps):
+        changes = {"synthesis.steps": steps, "tuning.steps": steps, "tuning.start.steps": steps}
+        recipe = toy(name, **changes, **{"synthesis.parallel": 2})
+        with emulated_gpu() as waits:
+            produced(teacher, recipe, gpu())
+        return Counter(waits)
+
+    assert waits_of(12) == waits_of(4)
 
 
 @pytest.mark.slow
