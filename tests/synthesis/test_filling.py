@@ -138,7 +138,7 @@ def test_no_process_is_left_without_batches(teacher, measured):
 def test_passes_go_forward_and_back(teacher):
     passes = Passes.of(teacher, 4, Policy())
     assert 0 < passes.seconds(2) < math.inf
-    images = passes._noise(4)
+    images = passes._blank(4)
     assert images.shape == (4, 3, 8, 8)
     (slope,) = torch.autograd.grad(passes._loss(images + torch.randn(4, 3, 8, 8)), images)
     assert bool((slope.flatten(1).abs().sum(1) > 0).all())

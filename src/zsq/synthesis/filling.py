@@ -99,7 +99,7 @@ def filling(most: int, seconds: Callable[[int], float]) -> int:
 
 @dataclass(frozen=True)
 class Passes:
-    """Batches of noise through a teacher, forward and back to the noise.
+    """Batches of blank images through a teacher, forward and back to the images.
 
     Attributes:
         tapped: the teacher; returns what its batch norms are given.
@@ -123,7 +123,7 @@ class Passes:
 
     def seconds(self, count: int) -> float:
         """Return how long so many batches take together; infinite where the memory is too small."""
-        images = self._noise(count * self.batch[0])
+        images = self._blank(count * self.batch[0])
         try:
             self._time(images)  # kernels are chosen and memory is taken at the first
             return min(self._time(images) for _ in range(TRIES))
@@ -132,12 +132,12 @@ class Passes:
 
     def kept_bytes(self) -> int:
         """Return the bytes that passes of one batch keep and work with."""
-        two, four = (kept_bytes(lambda n=n: self._loss(self._noise(n))) for n in (2, 4))  # type: ignore[misc]
+        two, four = (kept_bytes(lambda n=n: self._loss(self._blank(n))) for n in (2, 4))  # type: ignore[misc]
         return int(AT_WORK * self.batch[0] * (four - two) / 2)
 
-    def _noise(self, images: int) -> Tensor:
-        noise = torch.zeros(images, *self.batch[1:], device=self.policy.device)
-        return noise.contiguous(memory_format=torch.channels_last).requires_grad_()
+    def _blank(self, count: int) -> Tensor:
+        images = torch.zeros(count, *self.batch[1:], device=self.policy.device)
+        return images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def _loss(self, images: Tensor) -> Tensor:
         with self.policy.autocast():
