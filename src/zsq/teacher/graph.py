@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from zsq.errors import UsageError
 from zsq.teacher.batchsize import localise_batch_size
 from zsq.teacher.builder import NetworkBuilder, several_inputs
+from zsq.teacher.devices import follow_input
 from zsq.teacher.layers import is_inplace, is_view
 
 
@@ -126,6 +127,7 @@ def build_network(program: torch.export.ExportedProgram) -> GraphModule:
             program = program.run_decompositions({})
     network = NetworkBuilder(program).build()
     network.graph.eliminate_dead_code()
+    follow_input(network.graph)
     localise_batch_size(network.graph)
     network.graph.lint()
     network.recompile()
