@@ -3,6 +3,8 @@
 
 import shutil
 from collections import Counter
+from contextlib import contextmanager
+from functools import reduce
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers.emulated_gpu import DEVICE, OnGpu, emulated_gpu
 from helpers.kills import Killed
 from helpers.networks import Residual, with_own_statistics
 from helpers.runs import write_images
+from helpers.watching import WATCHED, watch
 from torch import nn
 
 import zsq
@@ -58,11 +61,8 @@ def toy(name, **changes):
     recipe = load_recipe(name, schedule="quick", bits="w4a4")
     settings = []
     for key, value in (TOY | changes).items():
-        part, _, field = key.partition(".")
-        holder = getattr(recipe, part)
-        if field.startswith("start"):
-            holder, field = getattr(holder, "start", None), "steps"
-        if hasattr(holder, field):
+        *parts, field = key.split(".")
+        if hasattr(reduce(lambda holder, part: getattr(holder, part, None), parts, recipe), field):
             settings.append(f"{key}={value}")
     return load_recipe(name, schedule="quick", bits="w4a4", settings=settings)
 
@@ -202,29 +202,35 @@ def test_a_run_on_a_gpu_is_resumed(teacher, tmp_path, monkeypatch, name, last):
 # --- what is waited for --------------------------------------------------------------------------
 
 
-class WatchedError(Exception):
-    """Ends a loop that has been watched."""
+@contextmanager
+def _noted(waits, found):
+    before = len(waits)
+    yield
+    found.extend(waits[before:])
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_do_not_wait_for_the_device_in_steady_state(teacher, name):
     """The same as on a GPU proper (tests/bench/test_syncs.py), without compiled code."""
+    found = []
     with emulated_gpu() as waits:
         part = next(LOOPS[name](Job(teacher, gpu(), batch=8)))
-        done, before, found = 0, None, None
+        watch(part.drive, part.skip, _noted(waits, found))
+    assert found == []
 
-        def tick(steps):
-            nonlocal done, before, found
-            done += steps
-            if done >= part.skip + 10 and before is None:
-                before = len(waits)
-            if done >= part.skip + 40:
-                found = waits[before:]
-                raise WatchedError
 
-        with pytest.raises(WatchedError):
-            part.drive(tick)
-        assert found == []
+def test_a_loop_that_waits_is_found_out():
+    found = []
+
+    def drive(tick):
+        value = torch.ones((), device=DEVICE)
+        while True:
+            float(value)
+            tick(1)
+
+    with emulated_gpu() as waits:
+        watch(drive, 0, _noted(waits, found))
+    assert len(found) == WATCHED
 
 
 @pytest.mark.parametrize("name", ["genie", "hast+ait", "gdfq+ait"])

@@ -2,9 +2,11 @@
 """On a GPU no loop waits for the device between two looks at its loss."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.watching import WATCHED, watch
 
 from zsq.bench.loops import Job
 from zsq.bench.measure import LOOPS
@@ -15,43 +17,24 @@ from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import load_teacher
 
-#: Every loop reads its loss in its first step and not again for at least 50.
-STEADY, WATCHED = 10, 30
+
+@contextmanager
+def _warned_of_waits():
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-class WatchedError(Exception):
-    """Ends a loop that has been watched."""
-
-
-class SyncCounter:
-    """Counts what waits for the device from one step of a loop to another."""
-
-    def __init__(self, skip):
-        self.first, self.last = skip + STEADY, skip + STEADY + WATCHED
-        self.steps, self.found = 0, []
-
-    def tick(self, count):
-        self.steps += count
-        if self.steps >= self.last:
-            torch.cuda.set_sync_debug_mode("default")
-            raise WatchedError
-        if self.steps >= self.first:
-            torch.cuda.set_sync_debug_mode("warn")
-
-    def watch(self, drive):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                drive(self.tick)
-            except WatchedError:
-                pass
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return [
-            str(w.message)
-            for w in caught
-            if "called a synchronizing CUDA operation" in str(w.message)
-        ]
+def syncs(drive, skip):
+    """Return what waits for the device from one step of a loop to another."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch(drive, skip, _warned_of_waits())
+    return [
+        str(w.message) for w in caught if "called a synchronizing CUDA operation" in str(w.message)
+    ]
 
 
 @pytest.mark.gpu
@@ -64,7 +47,7 @@ def test_loops_do_not_wait_for_the_device_in_steady_state(name, compile):
     policy = make_policy("cuda", "auto", compile)
     job = Job(load_teacher("zsq:resnet20_cifar10"), policy, batch=16)
     part = next(LOOPS[name](job))
-    assert SyncCounter(part.skip).watch(part.drive) == []
+    assert syncs(part.drive, part.skip) == []
 
 
 @pytest.mark.gpu
@@ -82,7 +65,7 @@ def test_batches_of_a_set_are_not_waited_for(crop):
             source.next(1.0)
             tick(1)
 
-    assert SyncCounter(0).watch(drive) == []
+    assert syncs(drive, 0) == []
 
 
 @pytest.mark.gpu
@@ -96,4 +79,4 @@ def test_a_loop_that_waits_is_found_out():
             float(value)
             tick(1)
 
-    assert len(SyncCounter(0).watch(drive)) == WATCHED
+    assert len(syncs(drive, 0)) == WATCHED

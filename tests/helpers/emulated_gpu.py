@@ -190,8 +190,8 @@ def emulated_gpu(free=40 << 30):
         "set_rng_state_all": lambda states: None, "get_rng_state": lambda device=None: torch.zeros(16),
         "set_rng_state": lambda state, device=None: None, "manual_seed_all": lambda seed: None,
     }  # fmt: skip
-    place, lift = torch.__future__.get_overwrite_module_params_on_conversion(), torch._C
-    before = lift._only_lift_cpu_tensors()
+    overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
+    lifted = torch._C._only_lift_cpu_tensors()
     with (
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
@@ -199,9 +199,9 @@ def emulated_gpu(free=40 << 30):
         emulation,
     ):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        lift._set_only_lift_cpu_tensors(True)
+        torch._C._set_only_lift_cpu_tensors(True)
         try:
             yield emulation.waits
         finally:
-            lift._set_only_lift_cpu_tensors(before)
-            torch.__future__.set_overwrite_module_params_on_conversion(place)
+            torch._C._set_only_lift_cpu_tensors(lifted)
+            torch.__future__.set_overwrite_module_params_on_conversion(overwritten)

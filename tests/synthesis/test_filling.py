@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.emulated_gpu import DEVICE, emulated_gpu
 from helpers.networks import Residual, randomise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.teacher.teacher import load_teacher
 
-GPU = Policy(torch.device("cuda"))
+GPU = Policy(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +87,9 @@ def measured(monkeypatch):
         asked.append((most, passes.batch[0]))
         return most
 
-    # the device that says "cuda" is not there
-    place = Policy().placed_copy
-    monkeypatch.setattr(Policy, "placed_copy", lambda policy, network: place(network))
     monkeypatch.setattr(filling, "_measured", all_fit)
-    return asked
+    with emulated_gpu():
+        yield asked
 
 
 def test_a_recipe_has_the_last_word(teacher, measured):

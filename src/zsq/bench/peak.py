@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from zsq.runtime.policy import synchronize
+
 #: Rows and columns of the matrices: large enough that nothing but multiplying takes time.
 SIDES = {"cpu": 2048, "cuda": 8192}
 #: Multiplications that are timed together on a GPU, so that starting them costs nothing.
@@ -77,9 +79,3 @@ def _best(multiply: Callable[[], torch.Tensor], device: torch.device, repeats: i
         synchronize(device)
         best = min(best, (time.perf_counter() - start) / together)
     return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from zsq.bench.memory import PeakMemory
-from zsq.bench.peak import synchronize
+from zsq.runtime.policy import synchronize
 from zsq.runtime.progress import QuietReporter
 from zsq.runtime.tasks import Task
 

@@ -106,6 +106,12 @@ def make_policy(
     return Policy(place, dtype, compile, memory, cuda_graphs)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from zsq.runtime.context import Context
-from zsq.runtime.policy import Policy
+from zsq.runtime.policy import Policy, synchronize
 from zsq.runtime.shelf import room_for_work
-from zsq.synthesis.slicing import AT_WORK, kept_bytes
+from zsq.synthesis.slicing import AT_WORK, kept_per_image
 from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 
@@ -132,8 +132,8 @@ class Passes:
 
     def kept_bytes(self) -> int:
         """Return the bytes that passes of one batch keep and work with."""
-        two, four = (kept_bytes(lambda n=n: self._loss(self._blank(n))) for n in (2, 4))  # type: ignore[misc]
-        return int(AT_WORK * self.batch[0] * (four - two) / 2)
+        per_image = kept_per_image(lambda count: self._loss(self._blank(count)))
+        return int(AT_WORK * self.batch[0] * per_image)
 
     def _blank(self, count: int) -> Tensor:
         images = torch.zeros(count, *self.batch[1:], device=self.policy.device)
@@ -145,11 +145,8 @@ class Passes:
         return torch.stack([x.float().square().mean() for x in inputs]).sum()
 
     def _time(self, images: Tensor) -> float:
-        start = self._now()
+        synchronize(self.policy.device)
+        start = time.perf_counter()
         torch.autograd.grad(self._loss(images), images)
-        return self._now() - start
-
-    def _now(self) -> float:
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize(self.policy.device)
-        return time.perf_counter()
+        synchronize(self.policy.device)
+        return time.perf_counter() - start

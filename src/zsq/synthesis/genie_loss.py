@@ -19,7 +19,7 @@ from zsq.functional.statistics import (
 from zsq.runtime.context import Context
 from zsq.runtime.shelf import room_for_work
 from zsq.synthesis.generator import Generator
-from zsq.synthesis.slicing import AT_WORK, kept_bytes, slice_size, sliced_loss
+from zsq.synthesis.slicing import AT_WORK, kept_per_image, slice_size, sliced_loss
 from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 
@@ -144,15 +144,11 @@ def _memory_needed(
     objective: Objective, z: Tensor, offsets: Tensor | None, batch: int
 ) -> tuple[int, int]:
     """Return the bytes that a batch's images need, and those of one image in the teacher."""
-
-    def made(count: int) -> int:
-        return kept_bytes(lambda: objective.images(z[:count].requires_grad_(), 0))
-
-    def seen(count: int) -> int:
-        images = objective.images(z[:count], 0).detach().requires_grad_()
-        return kept_bytes(lambda: objective.sums(images, offsets))
-
-    generator = (made(4) - made(2)) // 2
+    images = objective.images(z, 0).detach()
+    generator = kept_per_image(lambda count: objective.images(z[:count].requires_grad_(), 0))
+    teacher = kept_per_image(
+        lambda count: objective.sums(images[:count].clone().requires_grad_(), offsets)
+    )
     # with gradients and Adam's moments
     weights = 4 * sum(p.nbytes for p in objective.generators[0].parameters())
-    return weights + int(AT_WORK * batch * generator), (seen(4) - seen(2)) // 2
+    return weights + int(AT_WORK * batch * generator), teacher

@@ -51,8 +51,7 @@ def _beside(graph: Graph, node: Node, name: str, first: Node) -> None:
     """Replace a call that makes a tensor by one that makes it where its user's other tensors are."""
     user = min(node.users)
     others = [n for n in user.all_input_nodes if n is not node and not n.meta.get("scalar")]
-    made = [n for n in others if operator_name(n.target) in _FACTORIES]
-    there = next((n for n in others if n not in made), first)
+    there = next((n for n in others if operator_name(n.target) not in _FACTORIES), first)
     kwargs = _without(node, "device", "pin_memory", "layout", "memory_format")
     with graph.inserting_before(user):
         target: Any = resolve_operator(name)

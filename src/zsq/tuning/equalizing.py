@@ -180,17 +180,14 @@ def _predictions(network: GraphModule, images: Tensor, context: Context) -> Tens
     placed = context.policy.placed_copy(network)
     found = []
     for part in _slices(images):
+        there = part.to(context.policy.device).contiguous(memory_format=torch.channels_last)
         with context.policy.autocast():
-            found.append(placed(_on_device(part, context)).float().cpu())
+            found.append(placed(there).float().cpu())
     return torch.cat(found)
 
 
 def _slices(images: Tensor) -> tuple[Tensor, ...]:
     return torch.split(images, max(1, PIXELS // math.prod(images.shape[2:])))
-
-
-def _on_device(images: Tensor, context: Context) -> Tensor:
-    return images.to(context.policy.device).contiguous(memory_format=torch.channels_last)
 
 
 def _learn(
