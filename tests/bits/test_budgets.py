@@ -9,9 +9,9 @@ from helpers.students import labelled_images, planned, teacher_of
 from zsq.bits import choose
 from zsq.bits.choose import choose_bits
 from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
+from zsq.bits.fitting import make_plan
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
-from zsq.bits.plan import make_plan
 from zsq.config import Override, load_recipe
 from zsq.errors import UsageError
 from zsq.export.deploy import to_integer

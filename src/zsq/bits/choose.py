@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from zsq.bits.costs import Budget
+from zsq.bits.fitting import check_budget, make_plan
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import fixed_bits, layer_facts
-from zsq.bits.plan import BitsPlan, check_budget, make_plan
+from zsq.bits.plan import BitsPlan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
 from zsq.errors import UsageError
