@@ -18,6 +18,7 @@ from zsq.errors import RunError, UsageError
 from zsq.evaluation.folder import open_for
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.teacher.teacher import ModelInfo, load_teacher
@@ -28,6 +29,7 @@ Network = Callable[[Tensor], Tensor]
 SIMULATED = 1000
 
 
+@own_modes()
 def evaluate(
     subject: str | Path,
     data: str | Path,

@@ -20,6 +20,7 @@ from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
 from zsq.running import carry_out, export_run, make_student
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
 from zsq.runtime.files import check_destination
@@ -33,6 +34,7 @@ from zsq.student import Student
 from zsq.teacher.teacher import load_teacher, shape_of
 
 
+@own_modes()
 def quantize(
     model: str | nn.Module | torch.export.ExportedProgram,
     recipe: str | Path | Recipe = "genie",
@@ -150,6 +152,7 @@ def quantize(
         folder.release()
 
 
+@own_modes()
 def load(run: str | Path) -> Student:
     """Load the quantized network of a run; the model's original script is not needed.
 
@@ -170,6 +173,7 @@ def save(student: Student, path: str | Path) -> None:
     save_student(student, Path(path))
 
 
+@own_modes()
 def export(
     run: str | Path,
     *,

@@ -23,6 +23,7 @@ from zsq.config import (
 )
 from zsq.evaluation.folder import load_images, open_for
 from zsq.preparation import has_a_learning_generator, prepared
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
 from zsq.settings import OneSynthesis
@@ -41,6 +42,7 @@ from zsq.tuning.starting import begin_with_reconstruction
 Images = ImageSet | Tensor | str | Path | None
 
 
+@own_modes()
 def synthesize(
     teacher: Teacher, recipe: Recipe | str = "genie", *, context: Context | None = None
 ) -> ImageSet:
@@ -81,6 +83,7 @@ def _made(teacher: Teacher, settings: OneSynthesis, context: Context) -> ImageSe
     return synthesize_genie(teacher, settings, context)
 
 
+@own_modes()
 def tune(
     teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
 ) -> Student:
@@ -115,6 +118,7 @@ def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context
     return finetune(teacher, student, fixed, context)[0]
 
 
+@own_modes()
 def tune_with_generator(
     teacher: Teacher, student: Student, *, original: Teacher | None = None,
     context: Context | None = None,
@@ -209,6 +213,7 @@ def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) 
     return tune(ready, student, images, context=context)
 
 
+@own_modes()
 def prepare(
     teacher: Teacher, recipe: Recipe | str = "genie", images: ImageSet | None = None, *,
     context: Context | None = None,

@@ -19,6 +19,7 @@ from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.quantizers.protocol import Placement, place
 from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight, round_to_nearest
+from zsq.runtime.ambient import own_modes
 from zsq.settings import Tuning
 from zsq.teacher.fold import fold_batch_norms
 from zsq.teacher.teacher import ModelInfo, Teacher
@@ -82,6 +83,7 @@ def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:
     return copy_network(teacher.network)
 
 
+@own_modes()
 def attach(teacher: Teacher, recipe: Recipe) -> Student:
     """Put a recipe's quantizers on a copy of the teacher, folded where the recipe says so.
 

@@ -5,6 +5,7 @@ import os
 import sys
 import types
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from helpers.sources import NETWORK, assert_same_weights, tiny, write_script
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from zsq.errors import UsageError
+from zsq.quantizers.protocol import layer_nodes
+from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.sources import check_finite, load_source
 
 # --- given objects -------------------------------------------------------------------------------
@@ -32,6 +36,24 @@ def test_given_module_is_copied_to_eval_float32_and_left_alone():
     with torch.no_grad():
         source.module[0].weight.zero_()
     assert module[0].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "change", [
+        partial(prune.l1_unstructured, name="weight", amount=0.5), nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weights_that_a_hook_computes_are_taken_as_they_are(change):
+    module = tiny().eval()
+    change(module[0])
+    x = torch.randn(4, 3, 8, 8)
+    wanted = module(x)
+    network = build_network(export_module(load_source(module).module, (3, 8, 8)))
+    torch.testing.assert_close(network(x), wanted)
+    assert len(layer_nodes(network)) == 1
+    assert module[0].weight.grad_fn is not None, "the user's own is left alone"
 
 
 def test_wrappers_are_taken_off():

@@ -15,6 +15,7 @@ from zsq.analysis.imagegrid import image_grid, save_grid
 from zsq.analysis.imagewarnings import find_warnings
 from zsq.analysis.observation import observe
 from zsq.errors import UsageError
+from zsq.runtime.ambient import own_modes
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import Teacher
 
@@ -94,6 +95,7 @@ class ImageReport:
         return plot_images(self)
 
 
+@own_modes()
 def examine_images(teacher: Teacher, images: ImageSet, real: ImageSet | None = None) -> ImageReport:
     """Examine a set of images with the teacher that it was made for.
 

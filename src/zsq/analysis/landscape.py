@@ -21,6 +21,7 @@ from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
 from zsq.preparation import prepared_teacher
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.checkpoints import load_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
@@ -74,6 +75,7 @@ class Landscape:
         return found
 
 
+@own_modes()
 def analyse(
     run: str | Path, *, images: int = 128, probes: int = 32, eigenvalues: int = 3, points: int = 21,
     radius: float = 1.0, context: Context | None = None,

@@ -15,6 +15,7 @@ from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.preparation import prepared_teacher
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
@@ -31,6 +32,7 @@ AFFORDABLE = 60.0
 MACS_A_SECOND, ELEMENTS_A_SECOND = 5e10, 1e8
 
 
+@own_modes()
 def diagnose(
     run: str | Path, *, images: int | None = IMAGES, context: Context | None = None
 ) -> Diagnosis:  # fmt: skip

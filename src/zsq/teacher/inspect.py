@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from zsq.config import Bits, Override
 from zsq.quantizers.protocol import PROTOCOLS, Placement, place
+from zsq.runtime.ambient import own_modes
 from zsq.teacher.fold import find_pairs, fold_batch_norms, module_of
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
 from zsq.teacher.regions import count_parts
@@ -106,6 +107,7 @@ def floating_layers(network: GraphModule) -> tuple[str, ...]:
     return tuple(found)
 
 
+@own_modes()
 def inspect_teacher(
     teacher: Teacher, bits: Bits | None = None, overrides: Iterable[Override] = ()
 ) -> Inspection:

@@ -166,6 +166,17 @@ def _weights_alone(model: str) -> UsageError:
     )
 
 
+def _computed(module: nn.Module) -> dict[int, object]:
+    """Return what to copy computed tensors as, by their id.
+
+    Pruning and the older weight norm keep a weight that a hook computes before each pass, with its
+    history; such tensors refuse to be copied.
+    """
+    held = (value for part in module.modules() for value in vars(part).values())
+    computed = [value for value in held if isinstance(value, Tensor) and value.grad_fn is not None]
+    return {id(value): value.detach().clone() for value in computed}
+
+
 def _prepare(module: nn.Module, reference: str, *, copied: bool) -> nn.Module:
     """Return the network in eval mode, float32, on the CPU; the user's own object is untouched."""
     module = _unwrap(module)
@@ -177,7 +188,7 @@ def _prepare(module: nn.Module, reference: str, *, copied: bool) -> nn.Module:
             )
     if copied:
         try:
-            module = copy.deepcopy(module)
+            module = copy.deepcopy(module, _computed(module))
         except Exception as error:  # what a user's __deepcopy__ or unpicklable attribute raises
             raise UsageError(
                 f"{reference} cannot be copied ({describe(error)}): pass it as file.py:function."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from zsq.errors import UsageError
+from zsq.runtime.ambient import own_modes
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.sources import Source, check_finite, load_source
 
@@ -48,6 +49,7 @@ class Teacher:
         return self.network(x)  # type: ignore[no-any-return]
 
 
+@own_modes()
 def load_teacher(
     model: str | nn.Module | torch.export.ExportedProgram,
     *,
