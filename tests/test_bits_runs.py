@@ -44,6 +44,24 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert sum(len(i.raw_data) for i in stored if len(i.dims) > 1) == plan["onnx_bytes"]
 
 
+def test_bits_of_activations_are_chosen_and_shipped_too(model, tmp_path, monkeypatch, capsys):
+    plan = bits_of(
+        monkeypatch, capsys, model, tmp_path, "--budget", "4.6", "-o", tmp_path / "bits",
+        "--activations", "3.5", "--recipe", "hast",
+    )  # fmt: skip
+    chosen = plan["edges"]["edges"]
+    assert plan["edges"]["cost"] <= 3.5
+    assert len(set(chosen.values())) > 1
+    record = zsq_json(
+        monkeypatch, capsys, "quantize", model, "--recipe", "hast", "--bits", tmp_path / "bits" / "bits.yaml",
+        "-o", tmp_path / "run", *SHAPE, *FEW, "--set", "tuning.start={steps: 3}",
+    )  # fmt: skip
+    assert record["results"]["export"]["agreement"] == 100
+    student = package.load(tmp_path / "run")
+    assert {name: q.bits for name, q in student.quantizers().items()} == chosen
+    assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
+
+
 @pytest.mark.parametrize("start", ["null", "{steps: 3}"])
 @pytest.mark.parametrize("recipe", ["gdfq+ait", "autorecon", "hast"])
 def test_fine_tuned_students_have_the_chosen_bits_too(
@@ -85,10 +103,24 @@ def test_set_overrides_and_a_file_go_together_or_are_refused(model, tmp_path, mo
 
 def test_bits_are_shown_as_tables(model, tmp_path, monkeypatch, capsys):
     ImageSet(torch.randn(8, 3, 8, 8), torch.zeros(8).long()).save(tmp_path / "i.safetensors")
-    code, out, _ = zsq(monkeypatch, capsys, "bits", model, "--budget", "2kB", *SHAPE, "--quiet",
-                       "--images-from", tmp_path / "i.safetensors")  # fmt: skip
+    wanted = [
+        "bits",
+        model,
+        "--budget",
+        "2kB",
+        *SHAPE,
+        "--quiet",
+        "--images-from",
+        tmp_path / "i.safetensors",
+    ]
+    code, out, _ = zsq(monkeypatch, capsys, *wanted)
     assert code == 0
     for text in ("frontier", "fixed", "bits per weight", "in the ONNX file", "packed"):
+        assert text in out
+    assert "bits per value" not in out
+    code, out, _ = zsq(monkeypatch, capsys, *wanted, "--activations", "4")
+    assert code == 0
+    for text in ("bits of activations, 4 on average", "relu_default_1", "bits per value of the"):
         assert text in out
 
 

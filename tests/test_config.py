@@ -102,6 +102,19 @@ def test_settings_reach_nested_fields_and_leave_the_rest():
     assert recipe.synthesis.steps == load_recipe("genie").synthesis.steps
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("{weights: 3}", "either match, for layers, or edge"),
+        ("{match: a, edge: b, activations: 3}", "either match, for layers, or edge"),
+        ("{edge: a, weights: 3}", "a tensor has no weights"),
+    ],
+)
+def test_an_override_names_layers_or_tensors(override, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe("genie", settings=[f"overrides=[{override}]"])
+
+
 def test_overrides_can_be_set_as_text():
     recipe = load_recipe("genie", settings=["overrides=[{match: 'a.*', weights: 3}]"])
     assert recipe.overrides == (Override(match="a.*", weights=3),)

@@ -118,6 +118,9 @@ def bits(
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
     width: Annotated[str | None, typer.Option("--bits", help=(
         "Activations of the result, as in w4a4."))] = None,
+    activations: Annotated[float | None, typer.Option("--activations", help=(
+        "Instead: average bits per value of the activations that the protocol leaves free, chosen for each "
+        "tensor by itself (4.0)."))] = None,
     protocol: ProtocolOption = None,
     schedule: ScheduleOption = Schedule.full,
     settings: Settings = None,
@@ -160,7 +163,8 @@ def bits(
     )  # fmt: skip
     policy = make_policy(device, precision.value, compile_, cuda_graphs=cuda_graphs)
     plan = choose_bits(
-        teacher, budget, recipe, bits=width, protocol=protocol, schedule=schedule.value, settings=settings or (),
+        teacher, budget, recipe, bits=width, activations=activations, protocol=protocol, schedule=schedule.value,
+        settings=settings or (),
         candidates=integers(candidates, "--candidates", "2,4,8") or (),
         images=given_images(images, images_from),
         context=Context(seed, policy, reporter_for(quiet or as_json)),

@@ -13,7 +13,7 @@ from rich.table import Table
 from zsq.analysis.curvature import Curvature
 from zsq.analysis.layers import Diagnosis
 from zsq.bits.costs import cost_label, shown_cost
-from zsq.bits.plan import BitsPlan
+from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.config import (
     GeneratorSynthesis,
     MixedSynthesis,
@@ -211,12 +211,30 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
         cells = (f"{values[bits]:.2e}", at_four) if values else ("fixed", "")
         table.add_row(escape(path), f"{plan.weights[path]:,}", str(bits), *cells)
     yield table
+    if plan.edges is not None:
+        yield from _edge_tables(plan.edges)
     yield (
         f"average {plan.average():.3f} bits per weight of the {len(plan.free)} free layers; all weights "
         f"{size(plan.onnx_bytes())} in the ONNX file (INT4 up to 4 bits, INT8 above and in depthwise "
         f"layers; scales, biases and the graph come on top), {size(plan.bytes())} packed in "
         f"student.safetensors; summed "
         f"sensitivity {plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
+    )
+
+
+def _edge_tables(plan: EdgePlan) -> Iterable[RenderableType]:
+    table = new_table(f"bits of activations, {plan.budget:g} on average",
+                   "tensor", "values an image", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
+    for name, bits in plan.edges.items():
+        values = plan.measured[name]
+        at_four = f"{values[4]:.2e}" if 4 in values else ""
+        table.add_row(
+            escape(name), f"{plan.values[name]:,}", str(bits), f"{values[bits]:.2e}", at_four
+        )
+    yield table
+    yield (
+        f"average {plan.cost:.3f} bits per value of the {len(plan.edges)} free tensors; summed sensitivity "
+        f"{plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
     )
 
 

@@ -206,6 +206,52 @@ def test_overrides_that_match_nothing_are_refused(match):
         place(folded(Residual), "edges-8bit", W3A5, [Override(match=match, weights=2)])
 
 
+def test_overrides_name_tensors_too():
+    overrides = [
+        Override(edge="relu_default_?", activations=2), Override(match="b1", activations=7),
+        Override(edge="mean_dim", activations=6),
+    ]  # fmt: skip
+    placement = place(folded(Residual), "edges-8bit", W3A5, overrides)
+    assert placement.activations == {
+        "relu_default": 8, "relu_default_1": 2, "relu_default_2": 7, "relu_default_3": 2, "mean_dim": 6,
+    }  # fmt: skip
+    assert placement.weights == place(folded(Residual), "edges-8bit", W3A5).weights
+
+
+class Preactivated(nn.Module):
+    """A sum that batch norm and an addition read, and no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = conv(3, 4), conv(4, 4), conv(4, 4)
+        self.bn_a, self.bn_b, self.fc = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.a(self.bn_a(x).relu())
+        x = x + self.b(self.bn_b(x).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_tensor_that_no_layer_reads_has_an_override_by_its_name():
+    network = folded(Preactivated)
+    assert place(network, "edges-8bit", W3A5).activations["add_tensor"] == 5
+    for override in (
+        Override(match="*", activations=3),
+        Override(edge="add_tensor", activations=3),
+    ):
+        found = place(network, "edges-8bit", W3A5, [override]).activations["add_tensor"]
+        assert found == (3 if override.edge else 5)
+
+
+@pytest.mark.parametrize("edge", ["relu", "stem", "a1", "x"])
+def test_overrides_of_tensors_that_are_not_quantized_are_refused(edge):
+    with pytest.raises(
+        UsageError, match=r"matches no tensor .* relu_default, .* and 2 more; `zsq diagnose"
+    ):
+        place(folded(Residual), "edges-8bit", W3A5, [Override(edge=edge, activations=2)])
+
+
 def test_extending_keeps_every_choice_and_covers_every_edge():
     network = folded(Residual)
     overrides = [Override(match="b1", activations=3)]

@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 
 from zsq.analysis.items import Dissection, signal_to_noise
 from zsq.functional.losses import kl_divergence
 from zsq.quantizers.activation import ActivationQuantizer
-from zsq.quantizers.layers import QuantizedLayer
-from zsq.quantizers.protocol import origin
 from zsq.quantizers.weight import FrozenWeight
 from zsq.runtime.context import Context
 from zsq.student import Student
-from zsq.teacher.fold import module_of, tensor_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +40,6 @@ class Item:
         without: divergence when everything else is.
         clipped: share of the values outside the range; of weights, at its ends.
         unused: share of the codes that never occur; of weights, averaged over channels.
-        reader: layer whose override sets an edge's bits; None for weights, and where none does.
     """
 
     kind: str
@@ -54,7 +50,6 @@ class Item:
     without: float
     clipped: float
     unused: float
-    reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +76,13 @@ class Diagnosis:
         """Return overrides for the items that hurt most, ready to be pasted behind a command."""
         found = []
         for item in self.items:
-            path = item.name if item.kind == "weight" else item.reader
-            if path is None or item.bits >= 8 or self.gain(item) < WORTH * self.divergence:
+            if item.bits >= 8 or self.gain(item) < WORTH * self.divergence:
                 continue
-            field = "weights" if item.kind == "weight" else "activations"
+            which, field = (
+                ("match", "weights") if item.kind == "weight" else ("edge", "activations")
+            )
             more = min(2 * item.bits, 8)
-            found.append(f"--set 'overrides=[{{match: \"{path}\", {field}: {more}}}]'")
+            found.append(f"--set 'overrides=[{{{which}: \"{item.name}\", {field}: {more}}}]'")
         return found[:count]
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +135,6 @@ def diagnose_student(
         seen.run(part)
     names = [("weight", path) for path in student.layers()]
     names += [("edge", name) for name in student.quantizers()]
-    readers = _readers(student)
     items = []
     with context.reporter.task("diagnosis", len(names)) as task:
         for kind, name in names:
@@ -148,8 +143,7 @@ def diagnose_student(
             with parts.without(kind, name) as candidate:
                 without = gap(candidate)
             facts = seen.facts(name) if kind == "edge" else _weight_facts(parts, name)
-            items.append(Item(kind, name, *facts[:2], only, without, *facts[2:],
-                              readers.get(name) if kind == "edge" else None))  # fmt: skip
+            items.append(Item(kind, name, *facts[:2], only, without, *facts[2:]))
             task.advance(1)
     items.sort(key=lambda item: item.without)
     return Diagnosis(student.recipe.protocol, gap(parts.quantized), len(images), tuple(items))
@@ -173,21 +167,6 @@ def _weight_facts(parts: Dissection, path: str) -> tuple[int, float | None, floa
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _readers(student: Student) -> dict[str, str]:
-    """Map each quantized node to a layer that reads it, whose override sets its bits."""
-    found: dict[str, str] = {}
-    for node in _layer_nodes(student.network):
-        source = origin(tensor_inputs(node)[0])
-        while isinstance(module_of(student.network, source), ActivationQuantizer):
-            source = origin(tensor_inputs(source)[0])
-        found.setdefault(source.name, str(node.target))
-    return found
-
-
-def _layer_nodes(network: GraphModule) -> list[Node]:
-    return [n for n in network.graph.nodes if isinstance(module_of(network, n), QuantizedLayer)]
 
 
 class _Edges(Interpreter):

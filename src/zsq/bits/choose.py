@@ -8,17 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from torch.fx import GraphModule
+
 from zsq.bits.costs import Budget
-from zsq.bits.fitting import check_budget, make_plan
+from zsq.bits.edges import count_values, free_edges, measure_edges
+from zsq.bits.fitting import check_budget, fit_edges, make_plan
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import fixed_bits, layer_facts
-from zsq.bits.plan import BitsPlan
+from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe
 from zsq.errors import UsageError
 from zsq.preparation import prepared_teacher
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
+from zsq.settings import Bits
 from zsq.stages import Images, choose_images
 from zsq.student import prepared_network
 from zsq.synthesis.images import ImageSet
@@ -30,12 +35,14 @@ CANDIDATES = (2, 3, 4, 5, 6, 8)
 IMAGES = 64
 
 
+@own_modes()
 def choose_bits(
     teacher: Teacher,
     budget: str | Budget,
     recipe: str | Path | Recipe = "genie",
     *,
     bits: str | None = None,
+    activations: float | None = None,
     protocol: str | None = None,
     schedule: Literal["quick", "full"] = "full",
     settings: Sequence[str] = (),
@@ -55,6 +62,8 @@ def choose_bits(
         recipe: whose protocol, overrides, preparation and rounding are used; layers that its
             overrides give weight bits are not free.
         bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
+        activations: instead, a budget for them too: average bits per value of the tensors that the
+            protocol leaves free, each of which gets bits of its own.
         protocol: None keeps the recipe's.
         schedule: as the run that the bits are for; quick schedules may prepare a network otherwise.
         settings: ``KEY=VALUE`` texts, likewise.
@@ -66,7 +75,8 @@ def choose_bits(
         The plan; `BitsPlan.save` writes it, `quantize(bits=...)` takes it.
 
     Raises:
-        UsageError: a budget that is unreadable or that nothing meets, or a bad candidate.
+        UsageError: a budget that is unreadable or that nothing meets, a bad candidate, or
+            activations that are given bits and a budget.
     """
     context = context or Context()
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
@@ -74,6 +84,8 @@ def choose_bits(
     resolved = load_recipe(
         recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
     )
+    if activations is not None:
+        _check_activations(activations, bits, chosen)
     facts, free = layer_facts(teacher, resolved)
     if not free:
         raise UsageError(
@@ -83,11 +95,19 @@ def choose_bits(
         )
     network = prepared_network(teacher, resolved)
     fixed = fixed_bits(network, resolved.protocol, resolved.overrides)
-    check_budget(wanted, facts, fixed, chosen)
+    if activations is None or wanted.kind != "bops":  # which need the bits of activations
+        check_budget(wanted, facts, fixed, chosen)
     pictures = _pictures(teacher, images, context)
+    edges = None
     with seeded(context.seed, "bits"):
         prepared = prepared_teacher(teacher, resolved, pictures)
         network = prepared_network(prepared, resolved)
+        if activations is not None:
+            edges = _choose_edges(
+                network, teacher.info.input_shape, resolved, activations, chosen, pictures, context
+            )
+            resolved = _with_edges(resolved, edges)
+            facts, _ = layer_facts(teacher, resolved)
         measured = measure_sensitivity(
             network, pictures.images, free, chosen, resolved.tuning, context
         )
@@ -95,7 +115,42 @@ def choose_bits(
             widths = sorted({*chosen, *fixed.values(), 8})
             times = measure_latency(prepared, resolved, pictures, widths, context)
             facts = {path: replace(fact, milliseconds=times[path]) for path, fact in facts.items()}
-    return make_plan(teacher, resolved, wanted, measured, facts)
+    return make_plan(teacher, resolved, wanted, measured, facts, edges)
+
+
+def _choose_edges(
+    network: GraphModule, shape: tuple[int, ...], recipe: Recipe, budget: float, candidates: Sequence[int],
+    pictures: ImageSet, context: Context,
+) -> EdgePlan:  # fmt: skip
+    """Measure the tensors between layers and choose their bits."""
+    free = free_edges(network, recipe.protocol, recipe.overrides)
+    if not free:
+        raise UsageError(
+            f"protocol {recipe.protocol!r} and the recipe's {len(recipe.overrides)} overrides fix the bits of all "
+            "activations of this network; leave --activations out."
+        )
+    measured = measure_edges(network, pictures.images, free, candidates, recipe.tuning, context)
+    return fit_edges(budget, measured, count_values(network, free, shape))
+
+
+def _with_edges(recipe: Recipe, edges: EdgePlan) -> Recipe:
+    """Return a recipe whose activations have the bits chosen for them."""
+    bits = Bits(weights=recipe.bits.weights, activations=round(edges.cost))
+    return load_recipe(recipe, bits=bits, overrides=(*edges.overrides(), *recipe.overrides))
+
+
+def _check_activations(budget: float, bits: str | None, candidates: Sequence[int]) -> None:
+    if bits is not None:
+        raise UsageError(
+            f"--bits {bits} gives all activations the same bits and --activations {budget:g} chooses them one by "
+            "one; leave one of them out."
+        )
+    if not min(candidates) <= budget <= max(candidates):
+        raise UsageError(
+            f"activations of {budget:g} bits on average cannot be made of the candidates "
+            f"{', '.join(map(str, candidates))}; choose a number from {min(candidates)} to {max(candidates)}, or "
+            "other --candidates."
+        )
 
 
 def _checked(candidates: Sequence[int]) -> list[int]:

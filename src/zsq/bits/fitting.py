@@ -9,7 +9,7 @@ from zsq.artifact.networkfile import fingerprint
 from zsq.bits.costs import Budget, CostKind, LayerFacts, cost_of
 from zsq.bits.layers import fixed_bits
 from zsq.bits.pareto import Frontier, monotone, pareto_frontier
-from zsq.bits.plan import BitsPlan, Point
+from zsq.bits.plan import BitsPlan, EdgePlan, Point
 from zsq.config import Recipe
 from zsq.errors import UsageError
 from zsq.student import prepared_network
@@ -21,7 +21,7 @@ POINTS = 200
 
 def make_plan(
     teacher: Teacher, recipe: Recipe, budget: Budget, measured: dict[str, dict[int, float]],
-    facts: dict[str, LayerFacts],
+    facts: dict[str, LayerFacts], edges: EdgePlan | None = None,
 ) -> BitsPlan:  # fmt: skip
     """Choose the bits of the free layers.
 
@@ -31,6 +31,7 @@ def make_plan(
         budget: an average is over the free layers; all others count the fixed layers too.
         measured: sensitivities of the free layers.
         facts: of every layer.
+        edges: what was chosen for the tensors between them before, from `fit_edges`.
 
     Raises:
         UsageError: no choice meets the budget.
@@ -53,7 +54,34 @@ def make_plan(
         layers=fixed | dict(zip(free, choice.bits, strict=True)), free=tuple(free),
         weights={path: fact.weights for path, fact in facts.items()}, measured=measured,
         depthwise=tuple(path for path, fact in facts.items() if fact.depthwise),
-        frontier=_points(frontier, taken, scale),
+        frontier=_points(frontier, taken, scale), edges=edges,
+    )  # fmt: skip
+
+
+def fit_edges(
+    budget: float, measured: dict[str, dict[int, float]], values: dict[str, int]
+) -> EdgePlan:
+    """Choose the bits of the free tensors between layers.
+
+    Args:
+        budget: average bits per value.
+        measured: their sensitivities, see `zsq.bits.edges.measure_edges`.
+        values: how many values of one image each has.
+
+    Raises:
+        UsageError: no choice meets the budget.
+    """
+    smoothed = {name: monotone(found) for name, found in measured.items()}
+    total = float(sum(values[name] for name in measured))
+    frontier = pareto_frontier(
+        [{b: float(values[name] * b) for b in found} for name, found in smoothed.items()],
+        list(smoothed.values()),
+    )
+    choice = frontier.within(budget * total)
+    return EdgePlan(
+        budget=budget, cost=choice.cost / total, sensitivity=choice.sensitivity, exact=frontier.exact,
+        edges=dict(zip(measured, choice.bits, strict=True)), values={name: values[name] for name in measured},
+        measured=measured, frontier=_points(frontier, 0.0, total),
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bits file: a bit-width for every layer of one network, why, and what else was possible."""
+"""The bits file: bit-widths for the layers, and tensors between them, of one network, and why."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from torch.fx import GraphModule
 
 from zsq.artifact.networkfile import fingerprint
 from zsq.bits.costs import CostKind, stored_bytes
@@ -25,7 +26,7 @@ from zsq.teacher.teacher import Teacher
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 Width = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -36,10 +37,43 @@ class Point(Part):
     sensitivity: float
 
 
+class EdgePlan(Part):
+    """Bits for the tensors between layers, chosen one by one."""
+
+    budget: float
+    """Average bits per value."""
+    cost: float
+    """What of it is used."""
+    sensitivity: float
+    exact: bool = True
+    edges: dict[str, Width]
+    """Bits of each tensor that was free, by the node that produces it."""
+    values: dict[str, int]
+    """Values of one image in each of them."""
+    measured: dict[str, dict[int, float]]
+    """Sensitivity of each of them at each bit-width, in nats."""
+    frontier: tuple[Point, ...]
+    """Points of the frontier, cheapest first."""
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        apart = sorted({*self.edges} ^ {*self.values})
+        if apart:
+            raise ValueError(f"edges and values name different tensors: {_listed(apart)}")
+        return self
+
+    def overrides(self) -> tuple[Override, ...]:
+        """Return the overrides that put the plan into effect."""
+        return tuple(
+            Override(edge=glob.escape(name), activations=bits) for name, bits in self.edges.items()
+        )
+
+
 class BitsPlan(Part):
     """Bits for every layer of one network; what ``zsq bits`` writes and every recipe accepts."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[2, 3] = FORMAT
+    """3; without `edges` 2 is the same."""
     model: str
     """What the user typed."""
     network: str
@@ -47,6 +81,7 @@ class BitsPlan(Part):
     protocol: str
     """The protocol that the layers were free under."""
     activations: Width
+    """Of all, or where `edges` chooses them one by one their rounded average."""
     kind: CostKind
     """What the budget bounds."""
     budget: str
@@ -66,6 +101,8 @@ class BitsPlan(Part):
     """Sensitivity of each free layer at each bit-width, in nats."""
     frontier: tuple[Point, ...]
     """Points of the frontier, cheapest first."""
+    edges: EdgePlan | None = None
+    """Bits of activations, where those were chosen too."""
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -106,11 +143,11 @@ class BitsPlan(Part):
         return Bits(weights=round(self.average()), activations=self.activations)
 
     def overrides(self, teacher: Teacher, recipe: Recipe) -> tuple[Override, ...]:
-        """Return the recipe's overrides with those that put the plan into effect behind them.
+        """Return the recipe's overrides with those that put the plan into effect around them.
 
-        Activations that the recipe overrides stay as they are. What it fixes the plan has to agree
-        with: the name of its protocol says what first and last layers get, and its overrides are
-        the user's word.
+        Activations that the recipe overrides stay as they are: the plan's come before. What it fixes
+        the plan has to agree with: the name of its protocol says what first and last layers get, and
+        its overrides are the user's word.
 
         Args:
             teacher: the network to be quantized.
@@ -126,12 +163,25 @@ class BitsPlan(Part):
                 f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
             )
         network = prepared_network(teacher, recipe)
+        self._check_names(network, recipe)
+        self._check_protocol(network, recipe)
+        self._check_overrides(recipe)
+        layers = (
+            Override(match=glob.escape(path), weights=bits) for path, bits in self.layers.items()
+        )
+        edges = self.edges.overrides() if self.edges else ()
+        return (*edges, *recipe.overrides, *layers)
+
+    def _check_names(self, network: GraphModule, recipe: Recipe) -> None:
         placed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
         if set(placed) != set(self.layers):
             raise UsageError(
                 f"the bits file names other layers than the {len(placed)} that are quantized: "
                 f"{_listed(sorted(set(placed) ^ set(self.layers)))}; leave the names that `zsq bits` wrote."
             )
+
+    def _check_protocol(self, network: GraphModule, recipe: Recipe) -> None:
+        """Refuse a protocol that fixes what was chosen, or leaves free what was not."""
         ours, theirs = fixed_bits(network, self.protocol), fixed_bits(network, recipe.protocol)
         apart = [path for path in self.layers if (path in ours) != (path in theirs)]
         if apart:
@@ -141,9 +191,14 @@ class BitsPlan(Part):
                 f"`zsq bits MODEL --recipe {recipe.name} --protocol {recipe.protocol}`, or quantize with "
                 f"`--protocol {self.protocol}`."
             )
+
+    def _check_overrides(self, recipe: Recipe) -> None:
+        """Refuse a recipe that gives a layer other bits than the plan."""
         for path, bits in self.layers.items():
             wanted = [
-                o.weights for o in recipe.overrides if o.weights and fnmatchcase(path, o.match)
+                o.weights
+                for o in recipe.overrides
+                if o.weights and o.match is not None and fnmatchcase(path, o.match)
             ]
             if wanted and wanted[-1] != bits:
                 raise UsageError(
@@ -151,10 +206,6 @@ class BitsPlan(Part):
                     f"fixes it to {wanted[-1]}; drop the override (--set 'overrides=[]'), or write it into a "
                     "recipe file and make the bits file with `zsq bits MODEL --recipe FILE`."
                 )
-        own = (
-            Override(match=glob.escape(path), weights=bits) for path, bits in self.layers.items()
-        )
-        return (*recipe.overrides, *own)
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -1,61 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bits file with its pictures: the frontier, and each layer's sensitivity."""
+"""A bits file with its pictures: the frontiers, and the sensitivity of each layer and tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsq.bits.costs import cost_label, shown_cost
-from zsq.bits.plan import BitsPlan
+from zsq.bits.plan import BitsPlan, Point
 from zsq.runtime.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def plot_frontier(plan: BitsPlan) -> Figure:
-    """Draw summed sensitivity over cost, with the chosen point."""
+    """Draw summed sensitivity over cost, with the chosen point; of activations beside it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    count = 2 if plan.edges else 1
+    figure = Figure(figsize=(6 * count, 4), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    figure.suptitle(plan.model)
+    shown = [
+        point.model_copy(update={"cost": shown_cost(plan.kind, point.cost)})
+        for point in plan.frontier
+    ]
+    chosen = Point(cost=shown_cost(plan.kind, plan.cost), sensitivity=plan.sensitivity)
+    _draw_frontier(axes[0], shown, chosen, plan.budget, cost_label(plan.kind))
+    if plan.edges:
+        chosen = Point(cost=plan.edges.cost, sensitivity=plan.edges.sensitivity)
+        budget = f"{plan.edges.budget:g} bits per value"
+        _draw_frontier(
+            axes[1], plan.edges.frontier, chosen, budget, "average bits per value, free activations"
+        )
+    return figure
+
+
+def _draw_frontier(
+    axes: Axes, points: Sequence[Point], chosen: Point, budget: str, label: str
+) -> None:
     axes.step(
-        [shown_cost(plan.kind, p.cost) for p in plan.frontier],
-        [p.sensitivity for p in plan.frontier], where="post", marker=".", markersize=3, linewidth=1,
-        label="best choices",
+        [p.cost for p in points], [p.sensitivity for p in points], where="post", marker=".",
+        markersize=3, linewidth=1, label="best choices",
     )  # fmt: skip
-    axes.plot(
-        shown_cost(plan.kind, plan.cost), plan.sensitivity, "o", label=f"chosen for {plan.budget}"
-    )
-    axes.set(
-        xlabel=cost_label(plan.kind), yscale="log",
-        ylabel="summed sensitivity (KL, nats)", title=plan.model,
-    )  # fmt: skip
+    axes.plot(chosen.cost, chosen.sensitivity, "o", label=f"chosen for {budget}")
+    axes.set(xlabel=label, yscale="log", ylabel="summed sensitivity (KL, nats)")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
-    return figure
 
 
 def plot_sensitivity(plan: BitsPlan) -> Figure:
-    """Draw every free layer's sensitivity at each bit-width; chosen widths are marked."""
+    """Draw every free layer's sensitivity at each bit-width, below it every free tensor's; chosen widths are marked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6, 0.28 * len(plan.free)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(plan.free))
-    for bits in sorted({b for values in plan.measured.values() for b in values}):
+    widest = max(len(plan.free), len(plan.edges.edges) if plan.edges else 0)
+    count = 2 if plan.edges else 1
+    figure = Figure(figsize=(max(6, 0.28 * widest), 4.5 * count), layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    figure.suptitle(plan.model)
+    _draw_sensitivity(axes[0], plan.measured, {path: plan.layers[path] for path in plan.free})
+    if plan.edges:
+        _draw_sensitivity(axes[1], plan.edges.measured, plan.edges.edges)
+    return figure
+
+
+def _draw_sensitivity(
+    axes: Axes, measured: Mapping[str, Mapping[int, float]], chosen: Mapping[str, int]
+) -> None:
+    places = range(len(chosen))
+    for bits in sorted({b for values in measured.values() for b in values}):
         axes.plot(
-            places, [max(plan.measured[p].get(bits, 0.0), 1e-9) for p in plan.free], marker=".",
+            places, [max(measured[name].get(bits, 0.0), 1e-9) for name in chosen], marker=".",
             linewidth=1, label=f"{bits} bits",
         )  # fmt: skip
-    chosen = [max(plan.measured[p][plan.layers[p]], 1e-9) for p in plan.free]
-    axes.plot(places, chosen, "o", markerfacecolor="none", color="black", label="chosen")
-    axes.set_xticks(list(places), plan.free, rotation=90, fontsize=6)
-    axes.set(yscale="log", ylabel="sensitivity (KL, nats)", title=plan.model)
+    there = [max(measured[name][bits], 1e-9) for name, bits in chosen.items()]
+    axes.plot(places, there, "o", markerfacecolor="none", color="black", label="chosen")
+    axes.set_xticks(list(places), list(chosen), rotation=90, fontsize=6)
+    axes.set(yscale="log", ylabel="sensitivity (KL, nats)")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=7, ncols=4)
-    return figure
 
 
 def write_plan(plan: BitsPlan, folder: Path) -> None:

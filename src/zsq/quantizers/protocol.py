@@ -154,7 +154,7 @@ def place(
         network: the teacher's network; batch norms folded for ``edges-8bit`` and ``integer``.
         protocol: one of `PROTOCOLS`.
         bits: low-bit widths of weights and activations.
-        overrides: per-layer bits by glob on the layer's path; the last match wins.
+        overrides: bits by glob on the layer's path or the tensor's name; the last match wins.
 
     Raises:
         UsageError: unknown protocol, no layer to quantize, or an override that matches nothing.
@@ -179,9 +179,9 @@ def place(
     )  # fmt: skip
 
 
-def _matched(layers: list[Node], override: Override) -> list[Node]:
-    """Return the layers whose path an override's pattern matches."""
-    return [node for node in layers if fnmatchcase(str(node.target), override.match)]
+def _matched(layers: list[Node], pattern: str) -> list[Node]:
+    """Return the layers whose path a pattern matches."""
+    return [node for node in layers if fnmatchcase(str(node.target), pattern)]
 
 
 def _override(
@@ -191,7 +191,10 @@ def _override(
     activations: dict[Node, int],
 ) -> None:
     for override in overrides:
-        matched = _matched(layers, override)
+        if override.match is None:
+            _override_edges(override, activations)
+            continue
+        matched = _matched(layers, override.match)
         if not matched:
             raise UsageError(
                 f"the override for {override.match!r} matches no layer; `zsq inspect` lists their "
@@ -205,6 +208,22 @@ def _override(
                 activations[source] = override.activations
 
 
+def _override_edges(override: Override, activations: dict[Node, int]) -> None:
+    matched = [node for node in activations if fnmatchcase(node.name, str(override.edge))]
+    if not matched:
+        raise UsageError(
+            f"the override for {override.edge!r} matches no tensor that is quantized, {_some(activations)}; "
+            "`zsq diagnose RUN` lists their names."
+        )
+    for node in matched:
+        activations[node] = override.activations or activations[node]
+
+
+def _some(activations: dict[Node, int]) -> str:
+    names = [node.name for node in activations]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def check_overrides(
     network: GraphModule, placement: Placement, overrides: Iterable[Override]
 ) -> None:
@@ -214,7 +233,9 @@ def check_overrides(
         UsageError: none of the layers that it matches reads a quantized tensor.
     """
     for override in overrides:
-        matched = _matched(layer_nodes(network), override)
+        if override.match is None:
+            continue  # `place` has found its tensors
+        matched = _matched(layer_nodes(network), override.match)
         read = {origin(tensor_inputs(node)[0]).name for node in matched}
         if override.activations is not None and not read & set(placement.activations):
             raise UsageError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zsq.errors import UsageError
 
@@ -63,13 +64,23 @@ def with_method(default: str) -> Callable[[object], object]:
 
 
 class Override(Part):
-    """Bits for the layers whose path matches a glob; the last match wins."""
+    """Bits for the layers or the tensors whose name matches a glob; the last match wins."""
 
-    match: str
-    """Glob on module paths, e.g. ``*.identity_conv.*``."""
+    match: str | None = None
+    """Glob on module paths of layers, e.g. ``*.identity_conv.*``."""
+    edge: str | None = None
+    """Instead of `match`: glob on names of quantized tensors, as ``zsq diagnose`` lists them."""
     weights: int | None = Field(default=None, ge=2, le=8)
     activations: int | None = Field(default=None, ge=2, le=8)
-    """Bits of the tensor that the layer reads."""
+    """Bits of the tensor, or of the one that the layer reads."""
+
+    @model_validator(mode="after")
+    def _names_one_thing(self) -> Self:
+        if (self.match is None) == (self.edge is None):
+            raise ValueError("an override needs either match, for layers, or edge, for tensors")
+        if self.edge is not None and self.weights is not None:
+            raise ValueError("a tensor has no weights; give them with match, the layer's path")
+        return self
 
 
 class Crop(Part):

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors between layers: which of them are free, how large they are, what rounding one of them does.
+
+ZeroQ (arXiv 2001.00281) chooses the bits of weights; what it assumes and measures of them holds of
+activations too, and low bits cost most there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from zsq.config import Reconstruction
+from zsq.functional.losses import kl_divergence
+from zsq.quantizers.activation import ActivationQuantizer
+from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantizer_path
+from zsq.quantizers.protocol import Placement, place
+from zsq.runtime.context import Context
+from zsq.settings import Bits, Override, Tuning
+
+#: Images per pass.
+PASS = 64
+
+
+def free_edges(
+    network: GraphModule, protocol: str, overrides: Iterable[Override] = ()
+) -> list[str]:
+    """Return the quantized tensors whose bits follow the recipe's, by the node that produces them.
+
+    Args:
+        network: as the recipe quantizes it, see `zsq.student.prepared_network`.
+        protocol: one of `zsq.quantizers.protocol.PROTOCOLS`.
+        overrides: those of the recipe; none to ask about the protocol alone.
+
+    Raises:
+        UsageError: unknown protocol, no layer to quantize, or an override that matches nothing.
+    """
+    chosen = tuple(overrides)
+    low, high = (place(network, protocol, Bits(activations=a), chosen).activations for a in (2, 7))
+    return [name for name, bits in low.items() if high[name] != bits]
+
+
+class _Sizes(Interpreter):
+    """Notes how many values the nodes of a network have."""
+
+    def __init__(self, network: GraphModule) -> None:
+        super().__init__(network)
+        self.found: dict[str, int] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n.name] = result.numel()
+        return result
+
+
+@torch.no_grad()
+def count_values(
+    network: GraphModule, edges: Iterable[str], input_shape: tuple[int, ...]
+) -> dict[str, int]:
+    """Return how many values of one image each tensor has."""
+    sizes = _Sizes(network)
+    sizes.run(torch.zeros(1, *input_shape))
+    return {name: sizes.found[name] for name in edges}
+
+
+@torch.no_grad()
+def measure_edges(
+    network: GraphModule, images: Tensor, edges: Sequence[str], candidates: Sequence[int],
+    tuning: Tuning, context: Context,
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Return the divergence of the predictions with one tensor quantized, per tensor and bit-width.
+
+    ``(1 / N) * sum_j KL(softmax(M(x_j)) || softmax(M_e,k(x_j)))`` where only tensor e is rounded, to
+    k bits, in the range that the recipe starts from; weights stay float.
+
+    Args:
+        network: the float network that will be quantized; not changed.
+        images: (N, C, H, W), normalised.
+        edges: nodes whose results are quantized.
+        candidates: bit-widths.
+        tuning: says how ranges are chosen.
+        context: device and progress.
+
+    Returns:
+        {node: {bits: divergence in nats}}.
+    """
+    images = images.to(context.policy.device)
+    wanted = _logits(context.policy.placed_copy(network), images)
+    found: dict[str, dict[int, float]] = {name: {} for name in edges}
+    with context.reporter.task("sensitivity of activations", len(edges) * len(candidates)) as task:
+        for bits in candidates:
+            quantized, quantizers = _with_quantizers(network, images, edges, bits, tuning, context)
+            for name, quantizer in quantizers.items():
+                quantizer.enabled = True
+                logits = _logits(quantized, images)
+                quantizer.enabled = False
+                found[name][bits] = max(float(kl_divergence(logits, wanted, 1.0, "sample")), 0.0)
+                task.advance(1, loss=torch.tensor(found[name][bits]))
+    return found
+
+
+def _with_quantizers(
+    network: GraphModule, images: Tensor, edges: Sequence[str], bits: int, tuning: Tuning,
+    context: Context,
+) -> tuple[GraphModule, dict[str, ActivationQuantizer]]:  # fmt: skip
+    """Return a copy with calibrated quantizers on its edges, all of them off."""
+    made: dict[str, ActivationQuantizer] = {}
+    copied = copy_network(network)
+    insert_quantizers(
+        copied, Placement("", {}, dict.fromkeys(edges, bits), {}), ActivationQuantizer
+    )
+    for name in edges:
+        quantizer = copied.get_submodule(quantizer_path(name))
+        assert isinstance(quantizer, ActivationQuantizer)
+        quantizer.enabled, made[name] = False, quantizer
+    placed = context.policy.place(copied)
+    calibrate(
+        placed, made, list(torch.split(images, PASS)), power=tuning.power, asymmetric=tuning.asymmetric,
+        rule="error" if isinstance(tuning, Reconstruction) else tuning.ranges, percentile=tuning.percentile,
+    )  # fmt: skip
+    return placed, made
+
+
+def _logits(network: GraphModule, images: Tensor) -> Tensor:
+    return torch.cat([network(part).float() for part in torch.split(images, PASS)])
