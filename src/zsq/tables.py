@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 from rich.console import RenderableType
@@ -151,6 +152,14 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
             escape(layer["path"]), shape, str(layer["groups"]), f"{layer['macs']:,}", *bits
         )
     yield layers
+    tensors = new_table(
+        "tensors", "tensor", "read by", "values", *(f"bits, {p}" for p in found.protocols)
+    )
+    for tensor in found.tensors:
+        bits = [str(tensor["bits"][p] or "float") for p in found.protocols]
+        readers = escape(", ".join(tensor["read_by"]))
+        tensors.add_row(tensor["name"], readers, f"{prod(tensor['shape']):,}", *bits)
+    yield tensors
 
 
 def recipes_table(found: Iterable[Recipe]) -> Iterable[RenderableType]:

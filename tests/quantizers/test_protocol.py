@@ -247,7 +247,7 @@ def test_a_tensor_that_no_layer_reads_has_an_override_by_its_name():
 @pytest.mark.parametrize("edge", ["relu", "stem", "a1", "x"])
 def test_overrides_of_tensors_that_are_not_quantized_are_refused(edge):
     with pytest.raises(
-        UsageError, match=r"matches no tensor .* relu_default, .* and 2 more; `zsq diagnose"
+        UsageError, match=r"matches no tensor .* relu_default, .* and 2 more; `zsq inspect"
     ):
         place(folded(Residual), "edges-8bit", W3A5, [Override(edge=edge, activations=2)])
 

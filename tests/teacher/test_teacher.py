@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+
 import pytest
 import torch
 from helpers.families import randomise, read
@@ -103,6 +105,16 @@ def test_inspection_says_what_is_in_a_residual_network():
     assert by_path["a1"]["weight"] == [6, 4, 3, 3]
     assert by_path["a1"]["bits"] == {"edges-8bit": 4, "integer": 4, "all-low-bit": 4}
     assert by_path["stem"]["bits"] == {"edges-8bit": 8, "integer": 8, "all-low-bit": 4}
+    by_name = {tensor["name"]: tensor for tensor in facts.tensors}
+    for protocol, counts in facts.protocols.items():
+        bits = [t["bits"][protocol] for t in facts.tensors if t["bits"][protocol]]
+        assert Counter(f"{b} bits" for b in bits) == counts["activations"]
+    skip = by_name["relu_default_2"]
+    assert skip["read_by"] == ["b1", "add"]
+    assert skip["shape"] == [1, 6, 4, 4]
+    assert skip["bits"] == {"edges-8bit": 4, "integer": 4, "all-low-bit": 4}
+    assert by_name["a2"]["bits"] == {"edges-8bit": None, "integer": 8, "all-low-bit": None}
+    assert by_name["mean_dim"]["read_by"] == ["fc"]
     assert facts.protocols["edges-8bit"]["weights"] == {"4 bits": 5, "8 bits": 2}
     assert facts.to_dict()["model"] == facts.model
 

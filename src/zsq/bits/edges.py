@@ -8,11 +8,10 @@ activations too, and low bits cost most there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from zsq.config import Reconstruction
 from zsq.functional.losses import kl_divergence
@@ -21,6 +20,7 @@ from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, qu
 from zsq.quantizers.protocol import Placement, place
 from zsq.runtime.context import Context
 from zsq.settings import Bits, Override, Tuning
+from zsq.teacher.inspect import node_shapes
 
 #: Images per pass.
 PASS = 64
@@ -44,28 +44,12 @@ def free_edges(
     return [name for name, bits in low.items() if high[name] != bits]
 
 
-class _Sizes(Interpreter):
-    """Notes how many values the nodes of a network have."""
-
-    def __init__(self, network: GraphModule) -> None:
-        super().__init__(network)
-        self.found: dict[str, int] = {}
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.found[n.name] = result.numel()
-        return result
-
-
-@torch.no_grad()
 def count_values(
     network: GraphModule, edges: Iterable[str], input_shape: tuple[int, ...]
 ) -> dict[str, int]:
     """Return how many values of one image each tensor has."""
-    sizes = _Sizes(network)
-    sizes.run(torch.zeros(1, *input_shape))
-    return {name: sizes.found[name] for name in edges}
+    shapes = node_shapes(network, input_shape)
+    return {name: shapes[name].numel() for name in edges}
 
 
 @torch.no_grad()

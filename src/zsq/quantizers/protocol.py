@@ -213,7 +213,7 @@ def _override_edges(override: Override, activations: dict[Node, int]) -> None:
     if not matched:
         raise UsageError(
             f"the override for {override.edge!r} matches no tensor that is quantized, {_some(activations)}; "
-            "`zsq diagnose RUN` lists their names."
+            "`zsq inspect` lists their names."
         )
     for node in matched:
         activations[node] = override.activations or activations[node]

@@ -69,7 +69,7 @@ class Override(Part):
     match: str | None = None
     """Glob on module paths of layers, e.g. ``*.identity_conv.*``."""
     edge: str | None = None
-    """Instead of `match`: glob on names of quantized tensors, as ``zsq diagnose`` lists them."""
+    """Instead of `match`: glob on names of quantized tensors, as ``zsq inspect`` lists them."""
     weights: int | None = Field(default=None, ge=2, le=8)
     activations: int | None = Field(default=None, ge=2, le=8)
     """Bits of the tensor, or of the one that the layer reads."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from zsq.config import Bits, Override
-from zsq.quantizers.protocol import PROTOCOLS, Placement, place
+from zsq.quantizers.protocol import COMMUTING, PROTOCOLS, Placement, place
 from zsq.runtime.ambient import own_modes
 from zsq.teacher.fold import find_pairs, fold_batch_norms, module_of
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
@@ -42,6 +42,8 @@ class Inspection:
         units: reconstruction units: name and layers.
         protocols: per protocol: layers and tensors per bit-width, expected bytes of the weights.
         layers: per layer: path, kind, weight shape, MACs, bits per protocol.
+        tensors: per tensor that a protocol quantizes: its name, the layers and operators that read it,
+            its shape for one image, bits per protocol or None.
     """
 
     model: str
@@ -55,35 +57,44 @@ class Inspection:
     units: tuple[dict[str, Any], ...]
     protocols: dict[str, dict[str, Any]]
     layers: tuple[dict[str, Any], ...]
+    tensors: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain data, for JSON."""
         return asdict(self)
 
 
-class _Counter(Interpreter):
-    """Counts multiply-accumulates per layer on one image."""
+class _Shapes(Interpreter):
+    """Notes the shapes of all tensors that a network computes."""
 
     def __init__(self, network: GraphModule) -> None:
         super().__init__(network)
-        self.network = network
-        self.macs: Counter[str] = Counter()
+        self.found: dict[str, torch.Size] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        module = module_of(self.network, n)
-        if isinstance(module, Layer) and isinstance(result, Tensor):
-            per_output = module.weight.numel() // module.weight.shape[0]
-            self.macs[str(n.target)] += result.numel() * per_output
+        if isinstance(result, Tensor):
+            self.found[n.name] = result.shape
         return result
 
 
 @torch.no_grad()
+def node_shapes(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors that one image becomes, by the node that computes them."""
+    shapes = _Shapes(network)
+    shapes.run(torch.zeros(1, *input_shape))
+    return shapes.found
+
+
 def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Return the multiply-accumulates of one image per layer path."""
-    counter = _Counter(network)
-    counter.run(torch.zeros(1, *input_shape))
-    return dict(counter.macs)
+    shapes, macs = node_shapes(network, input_shape), Counter[str]()
+    for node in network.graph.nodes:
+        module = module_of(network, node)
+        if isinstance(module, Layer) and node.name in shapes:
+            per_output = module.weight.numel() // module.weight.shape[0]
+            macs[str(node.target)] += shapes[node.name].numel() * per_output
+    return dict(macs)
 
 
 def count_constants(network: GraphModule) -> int:
@@ -144,6 +155,7 @@ def inspect_teacher(
         layers=tuple(
             _layer(folded, path, macs, placements) for path in placements["integer"].weights
         ),
+        tensors=_tensors(folded, node_shapes(folded, teacher.info.input_shape), placements),
     )
 
 
@@ -157,6 +169,32 @@ def _layer(
         "groups": layer.groups, "macs": macs.get(path, 0),
         "bits": {name: p.weights[path] for name, p in placements.items()},
     }  # fmt: skip
+
+
+def _tensors(
+    network: GraphModule, shapes: dict[str, torch.Size], placements: dict[str, Placement]
+) -> tuple[dict[str, Any], ...]:
+    quantized = {name for placement in placements.values() for name in placement.activations}
+    return tuple(
+        {
+            "name": node.name, "read_by": _readers(network, node), "shape": list(shapes[node.name]),
+            "bits": {name: p.activations.get(node.name) for name, p in placements.items()},
+        }
+        for node in network.graph.nodes if node.name in quantized
+    )  # fmt: skip
+
+
+def _readers(network: GraphModule, node: Node) -> list[str]:
+    """Return the layers, by path, and the operators that read a tensor, reshaped or not."""
+    found: list[str] = []
+    for user in node.users:
+        if operator_name(user.target) in COMMUTING:
+            found += _readers(network, user)
+        elif user.op == "call_module":
+            found.append(str(user.target))
+        elif user.op != "output":
+            found.append(operator_name(user.target).split(".")[1])
+    return list(dict.fromkeys(found))
 
 
 def _summary(network: GraphModule, placement: Placement) -> dict[str, Any]:
