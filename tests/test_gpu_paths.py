@@ -269,12 +269,15 @@ def test_bits_are_chosen_on_a_gpu(teacher):
 
     def chosen(policy):
         return choose_bits(
-            teacher, "4.0", toy("zeroq"), images=pictures, context=Context(policy=policy)
-        )
+            teacher, "4.0", toy("zeroq"), activations=4, images=pictures,
+            context=Context(policy=policy),
+        )  # fmt: skip
 
     with emulated_gpu():
         there = chosen(gpu())
-    assert there.layers == chosen(CPU).layers
+    here = chosen(CPU)
+    assert there.layers == here.layers
+    assert there.edges.edges == here.edges.edges
 
 
 @pytest.fixture(scope="module")
