@@ -5,6 +5,9 @@ One synthesis per seed serves every bit width, unless a generator learns along w
 one line a run and appends it to a JSON-lines file, so that an interrupted benchmark keeps what it has.
 
     python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 w2a4 --seeds 0 1 2
+
+Behind a width that made images, `mixed:4` has `zsq bits` choose widths of weights and of activations, 4 on
+average each, on these images.
 """
 
 from __future__ import annotations
@@ -66,10 +69,13 @@ def run(
     normalisation, shape, data = NETWORKS[options.network]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
+        model = f"{SHARED / 'teachers' / 'models.py'}:{options.network}"
+        widths = bits
+        if bits.startswith("mixed:"):
+            widths = chosen(options, model, shape, bits.partition(":")[2], images, Path(folder))
         zsq.quantize(
-            f"{SHARED / 'teachers' / 'models.py'}:{options.network}", options.recipe, bits=bits,
-            schedule=options.schedule, settings=options.settings, input_shape=shape, seed=seed,
-            images=images, out=Path(folder) / "run", device=options.device,
+            model, options.recipe, bits=widths, schedule=options.schedule, settings=options.settings,
+            input_shape=shape, seed=seed, images=images, out=Path(folder) / "run", device=options.device,
             reporter=make_reporter("quiet"), report=False, **normalisation,
         )  # fmt: skip
         seconds = time.perf_counter() - start
@@ -88,6 +94,23 @@ def run(
         "export": {k: export[k] for k in ("agreement", "fused", "convs", "ratio", "speedup")},
         "resolved": record["identity"]["recipe"], "seconds": record["timings"], "total_seconds": round(seconds, 1),
     }, made  # fmt: skip
+
+
+def chosen(
+    options: argparse.Namespace, model: str, shape: tuple[int, ...], average: str,
+    images: ImageSet | None, folder: Path,
+) -> str:  # fmt: skip
+    """Choose widths for an average of weights and of activations; return the bits file."""
+    if images is None:
+        raise SystemExit(
+            "mixed widths are chosen on images that another width made: name that first."
+        )
+    plan = zsq.choose_bits(
+        zsq.load_teacher(model, input_shape=shape), average, options.recipe, activations=float(average),
+        schedule=options.schedule, settings=options.settings, images=images,
+    )  # fmt: skip
+    plan.save(folder / "bits.yaml")
+    return str(folder / "bits.yaml")
 
 
 if __name__ == "__main__":
