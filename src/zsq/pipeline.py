@@ -152,7 +152,7 @@ def quantize(
         folder.release()
 
 
-@own_modes()
+@own_modes(alone=False)
 def load(run: str | Path) -> Student:
     """Load the quantized network of a run; the model's original script is not needed.
 

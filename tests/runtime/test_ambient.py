@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the caller told PyTorch to do everywhere does not reach what zsq computes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 
 import pytest
 import torch
@@ -87,3 +89,29 @@ def test_a_network_made_in_inference_mode_is_taken(expected):
         own.load_state_dict(model.state_dict())
         found = quantized(own.eval()).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_threads_take_turns_and_get_what_they_would_get_alone(expected):
+    model, wanted = expected
+    with ThreadPoolExecutor(2) as threads:
+        students = list(threads.map(quantized, [model, model]))
+    for student in students:
+        found = student.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_needs_no_turn_does_not_wait(expected, tmp_path):
+    inside, read = Event(), Event()
+
+    def long():
+        with own_modes():
+            inside.set()
+            return read.wait(60)
+
+    zsq.save(quantized(expected[0]), tmp_path / "student.safetensors")
+    with ThreadPoolExecutor(1) as threads:
+        holder = threads.submit(long)
+        inside.wait(60)
+        zsq.load(tmp_path / "student.safetensors")
+        read.set()
+        assert holder.result()

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 
 import torch
 
+#: torch.export patches PyTorch while it reads a network, and random numbers come from the generators of
+#: the whole process: of several threads one computes at a time.
+_TURN = RLock()
+
 
 @contextmanager
-def own_modes() -> Iterator[None]:
+def own_modes(*, alone: bool = True) -> Iterator[None]:
     """Compute with gradients, in float32 on the CPU unless said otherwise, without autocast.
 
     Scripts that quantize often also evaluate, under ``torch.no_grad()``, ``inference_mode()`` or
     ``autocast``, with another default type or device. Within this block, or a function that it
-    decorates, none of these holds; afterwards they do again.
+    decorates, none of these holds; afterwards they do again. Threads take turns.
+
+    Args:
+        alone: wait while another thread is in such a block; False for what neither exports nor draws.
 
     Example:
         >>> with torch.no_grad(), own_modes():
@@ -24,6 +32,8 @@ def own_modes() -> Iterator[None]:
     """
     kept = torch.get_default_dtype()
     with ExitStack() as stack:
+        if alone:
+            stack.enter_context(_TURN)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -31,8 +41,7 @@ def own_modes() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(kept)
+        if kept != torch.float32:  # which is the whole process's: other threads see it
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, kept)
+        yield
