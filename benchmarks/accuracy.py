@@ -7,7 +7,7 @@ one line a run and appends it to a JSON-lines file, so that an interrupted bench
     python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 w2a4 --seeds 0 1 2
 
 Behind a width that made images, `mixed:4` has `zsq bits` choose widths of weights and of activations, 4 on
-average each, on these images.
+average each, on these images; `w4:4` has it choose those of activations alone, beside weights of 4 bits.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def run(
         start = time.perf_counter()
         model = f"{SHARED / 'teachers' / 'models.py'}:{options.network}"
         widths = bits
-        if bits.startswith("mixed:"):
-            widths = chosen(options, model, shape, bits.partition(":")[2], images, Path(folder))
+        if ":" in bits:
+            widths = chosen(options, model, shape, bits, images, Path(folder))
         zsq.quantize(
             model, options.recipe, bits=widths, schedule=options.schedule, settings=options.settings,
             input_shape=shape, seed=seed, images=images, out=Path(folder) / "run", device=options.device,
@@ -97,16 +97,19 @@ def run(
 
 
 def chosen(
-    options: argparse.Namespace, model: str, shape: tuple[int, ...], average: str,
+    options: argparse.Namespace, model: str, shape: tuple[int, ...], wanted: str,
     images: ImageSet | None, folder: Path,
 ) -> str:  # fmt: skip
-    """Choose widths for an average of weights and of activations; return the bits file."""
+    """Choose widths for an average of weights and of activations, or of these alone; return the bits file."""
     if images is None:
         raise SystemExit(
             "mixed widths are chosen on images that another width made: name that first."
         )
+    weights, _, average = wanted.partition(":")
+    mixed = weights == "mixed"
     plan = zsq.choose_bits(
-        zsq.load_teacher(model, input_shape=shape), average, options.recipe, activations=float(average),
+        zsq.load_teacher(model, input_shape=shape), average if mixed else None, options.recipe,
+        bits=None if mixed else f"{weights}a4", activations=float(average),
         schedule=options.schedule, settings=options.settings, images=images,
     )  # fmt: skip
     plan.save(folder / "bits.yaml")

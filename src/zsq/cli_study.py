@@ -109,18 +109,18 @@ def report(
 @study.command()
 def bits(
     model: Model,
-    budget: Annotated[str, typer.Option("--budget", help=(
-        "Average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
+    budget: Annotated[str | None, typer.Option("--budget", help=(
+        "For weights: average bits per weight of the layers that the protocol leaves free (4.0), size of all weights "
         "in the ONNX file, INT4 up to 4 bits and INT8 above (1.7MB), bit operations of one image (2.5GBOP), or "
-        "its time in ONNX Runtime on one thread (1.3ms, added up from each layer's share of a run)."))],
+        "its time in ONNX Runtime on one thread (1.3ms, added up from each layer's share of a run)."))] = None,
     out: Annotated[str | None, typer.Option("-o", "--out", help=(
         "Folder for bits.yaml and its pictures; not that of a run."))] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe that the bits are for.")] = "genie",
     width: Annotated[str | None, typer.Option("--bits", help=(
-        "Activations of the result, as in w4a4."))] = None,
+        "Of what is not chosen, as in w4a4."))] = None,
     activations: Annotated[float | None, typer.Option("--activations", help=(
-        "Instead: average bits per value of the activations that the protocol leaves free, chosen for each "
-        "tensor by itself (4.0)."))] = None,
+        "For activations: average bits per value of those that the protocol leaves free (4.0), chosen tensor "
+        "by tensor."))] = None,
     protocol: ProtocolOption = None,
     schedule: ScheduleOption = Schedule.full,
     settings: Settings = None,
@@ -141,7 +141,7 @@ def bits(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Choose each layer's bits under a budget, by how much its rounding moves the answers."""
+    """Choose bits of layers, of activations, or both, by how much rounding one of them moves the answers."""
     from pathlib import Path
 
     from zsq.artifact.given import given_images

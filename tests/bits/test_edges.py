@@ -149,8 +149,25 @@ def test_an_average_that_no_choice_has_is_refused(teacher, images, budget):
         choose_bits(teacher, "4.0", activations=budget, images=images)
 
 
-def test_bits_for_all_and_a_budget_exclude_each_other(teacher, images):
-    with pytest.raises(UsageError, match=r"--bits w4a4 gives all .* leave one"):
+def test_activations_alone_leave_weights_as_they_are(teacher, images):
+    plan = choose_bits(teacher, bits="w5a2", activations=3.6, images=images)
+    assert {plan.layers[path] for path in plan.free} == {5}
+    assert plan.average() == 5
+    student = attach(teacher, planned(plan, teacher, "genie"))
+    uniform = attach(teacher, load_recipe("genie", bits="w5a2"))
+    assert student.placement.weights == uniform.placement.weights
+    own = {name: q.bits for name, q in student.quantizers().items()}
+    assert own == own | plan.edges.edges
+    assert len(set(plan.edges.edges.values())) > 1
+
+
+def test_something_has_to_be_bounded(teacher, images):
+    with pytest.raises(UsageError, match=r"nothing bounds the bits: .*--budget .*--activations"):
+        choose_bits(teacher, images=images)
+
+
+def test_bits_where_everything_is_chosen_are_refused(teacher, images):
+    with pytest.raises(UsageError, match=r"--bits w4a4 says what is not chosen.* leave one"):
         choose_bits(teacher, "4.0", bits="w4a4", activations=4, images=images)
 
 

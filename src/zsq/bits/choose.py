@@ -38,7 +38,7 @@ IMAGES = 64
 @own_modes()
 def choose_bits(
     teacher: Teacher,
-    budget: str | Budget,
+    budget: str | Budget | None = None,
     recipe: str | Path | Recipe = "genie",
     *,
     bits: str | None = None,
@@ -50,7 +50,7 @@ def choose_bits(
     images: Images = None,
     context: Context | None = None,
 ) -> BitsPlan:
-    """Choose every layer's bit-width within a budget, without data (ZeroQ, arXiv 2001.00281).
+    """Choose bit-widths within a budget, layer by layer, without data (ZeroQ, arXiv 2001.00281).
 
     Args:
         teacher: from `load_teacher`.
@@ -58,12 +58,13 @@ def choose_bits(
             of all weights in the ONNX file (``1.7MB``; half a byte each up to 4 bits, a byte above
             and in depthwise layers; scales, biases and the graph come on top), bit operations of one
             image (``2.5GBOP``), or its time in ONNX Runtime on one thread (``1.3ms``, measured here
-            and now: added up from the layers' shares of a run, see `zsq.bits.latency`).
+            and now: added up from the layers' shares of a run, see `zsq.bits.latency`); None leaves
+            all weights at the bits of the recipe.
         recipe: whose protocol, overrides, preparation and rounding are used; layers that its
             overrides give weight bits are not free.
-        bits: activations of the result, as in ``w4a4``; None keeps the recipe's.
-        activations: instead, a budget for them too: average bits per value of the tensors that the
-            protocol leaves free, each of which gets bits of its own.
+        bits: of what is not chosen, as in ``w4a4``; None keeps the recipe's.
+        activations: a budget for them: average bits per value of the tensors that the protocol leaves
+            free, each of which gets bits of its own; None gives all of them the same.
         protocol: None keeps the recipe's.
         schedule: as the run that the bits are for; quick schedules may prepare a network otherwise.
         settings: ``KEY=VALUE`` texts, likewise.
@@ -75,17 +76,20 @@ def choose_bits(
         The plan; `BitsPlan.save` writes it, `quantize(bits=...)` takes it.
 
     Raises:
-        UsageError: a budget that is unreadable or that nothing meets, a bad candidate, or
-            activations that are given bits and a budget.
+        UsageError: no budget, one that is unreadable or that nothing meets, a bad candidate, or bits
+            where there is a budget for both.
     """
     context = context or Context()
-    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
-    chosen = _checked(candidates)
     resolved = load_recipe(
         recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
     )
+    _check_budgets(budget, activations, bits)
+    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+    widths = chosen = _checked(candidates)
     if activations is not None:
-        _check_activations(activations, bits, chosen)
+        _check_activations(activations, chosen)
+    if wanted is None:
+        wanted, widths = Budget("average", resolved.bits.weights), [resolved.bits.weights]
     facts, free = layer_facts(teacher, resolved)
     if not free:
         raise UsageError(
@@ -96,7 +100,7 @@ def choose_bits(
     network = prepared_network(teacher, resolved)
     fixed = fixed_bits(network, resolved.protocol, resolved.overrides)
     if activations is None or wanted.kind != "bops":  # which need the bits of activations
-        check_budget(wanted, facts, fixed, chosen)
+        check_budget(wanted, facts, fixed, widths)
     pictures = _pictures(teacher, images, context)
     edges = None
     with seeded(context.seed, "bits"):
@@ -109,11 +113,11 @@ def choose_bits(
             resolved = _with_edges(resolved, edges)
             facts, _ = layer_facts(teacher, resolved)
         measured = measure_sensitivity(
-            network, pictures.images, free, chosen, resolved.tuning, context
+            network, pictures.images, free, widths, resolved.tuning, context
         )
         if wanted.kind == "latency":
-            widths = sorted({*chosen, *fixed.values(), 8})
-            times = measure_latency(prepared, resolved, pictures, widths, context)
+            timed = sorted({*widths, *fixed.values(), 8})
+            times = measure_latency(prepared, resolved, pictures, timed, context)
             facts = {path: replace(fact, milliseconds=times[path]) for path, fact in facts.items()}
     return make_plan(teacher, resolved, wanted, measured, facts, edges)
 
@@ -139,12 +143,20 @@ def _with_edges(recipe: Recipe, edges: EdgePlan) -> Recipe:
     return load_recipe(recipe, bits=bits, overrides=(*edges.overrides(), *recipe.overrides))
 
 
-def _check_activations(budget: float, bits: str | None, candidates: Sequence[int]) -> None:
-    if bits is not None:
+def _check_budgets(budget: object, activations: float | None, bits: str | None) -> None:
+    if budget is None and activations is None:
         raise UsageError(
-            f"--bits {bits} gives all activations the same bits and --activations {budget:g} chooses them one by "
-            "one; leave one of them out."
+            "nothing bounds the bits: give a budget for weights (--budget 4.0), for activations (--activations "
+            "4.0), or for both."
         )
+    if None not in (budget, activations, bits):
+        raise UsageError(
+            f"--bits {bits} says what is not chosen, and --budget and --activations choose everything; leave one "
+            "of the three out."
+        )
+
+
+def _check_activations(budget: float, candidates: Sequence[int]) -> None:
     if not min(candidates) <= budget <= max(candidates):
         raise UsageError(
             f"activations of {budget:g} bits on average cannot be made of the candidates "
