@@ -89,7 +89,7 @@ def run(
         "network": options.network, "bits": bits, "recipe": options.recipe,
         "schedule": options.schedule, "settings": options.settings, "seed": seed,
         "teacher": teacher, "student": student, "drop": round(teacher - student, 2),
-        "agreement": scores["agreement"],
+        "agreement": scores["agreement"], "divergence": round(scores["divergence"]["nats"], 5),
         "onnx": onnx, "onnx_further": round(student - onnx, 2),
         "export": {k: export[k] for k in ("agreement", "fused", "convs", "ratio", "speedup")},
         "resolved": record["identity"]["recipe"], "seconds": record["timings"], "total_seconds": round(seconds, 1),

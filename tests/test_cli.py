@@ -72,6 +72,9 @@ def test_evaluate_compares_teacher_student_and_file(made, monkeypatch, capsys):
         assert result[name]["stderr"] >= 0
     assert 0 <= result["agreement"] <= 100
     assert result["onnx"]["agreement"] == 100
+    for apart in (result["divergence"], result["onnx"]["divergence"]):
+        assert apart["nats"] > 0
+        assert apart["images"] == result["student"]["images"]
     plain = zsq_json(
         monkeypatch, capsys, "evaluate", folder / "run", "--data", images, "--simulated", 0
     )

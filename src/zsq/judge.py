@@ -66,7 +66,8 @@ def evaluate(
 
     Returns:
         ``{"teacher": {"top1", "top5", "stderr", "images"}, "student": ..., "onnx": ...,
-        "agreement": per cent of images on which teacher and student agree, ...}``.
+        "agreement": per cent of images on which teacher and student agree,
+        "divergence": {"nats", "stderr", "images"} of the student from the teacher, ...}``.
 
     Raises:
         UsageError: unreadable subject or data, unknown normalisation or device, other classes than
@@ -234,8 +235,10 @@ def _result(evaluation: Evaluation, subject: str | Path, data: str | Path) -> di
     if {"teacher", "student"} <= names:
         result["agreement"] = evaluation.agreement("teacher", "student")
         result["drop"] = evaluation.difference("teacher", "student").to_dict()
+        result["divergence"] = evaluation.divergence("student").to_dict()
     if {"onnx", "simulation"} <= names:
         result["onnx"]["agreement"] = evaluation.agreement("onnx", "simulation")
     if {"student", "onnx"} <= names:
         result["onnx"]["drop"] = evaluation.difference("student", "onnx").to_dict()
+        result["onnx"]["divergence"] = evaluation.divergence("onnx").to_dict()
     return result

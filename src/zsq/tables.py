@@ -104,6 +104,12 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
             f"teacher and student agree on {result['agreement']:.2f} % of the images; the student is "
             f"{drop['points']:.2f} +- {drop['stderr']:.2f} points below."
         )
+    if "divergence" in result:
+        apart = result["divergence"]
+        yield (
+            f"The student's predictions diverge from the teacher's by {apart['nats']:.4f} +- "
+            f"{apart['stderr']:.4f} nats an image, which tells students apart that top-1 does not."
+        )
     if "agreement" in result.get("onnx", {}):
         yield f"ONNX file and its simulation agree on {result['onnx']['agreement']:.2f} %."
 

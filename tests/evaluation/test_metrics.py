@@ -146,6 +146,23 @@ def test_paired_difference_is_that_of_the_per_image_differences():
     assert evaluation.difference("a", "a").stderr == 0.0
 
 
+def test_divergence_is_kl_from_the_first_network_image_by_image():
+    tables = {"teacher": random_logits(0), "student": random_logits(0) + 0.3 * random_logits(1)}
+    evaluation = evaluate_networks(
+        {name: table.__getitem__ for name, table in tables.items()},
+        batches_of(tables, random_labels(), 64),
+        first={"student": 100},
+    )
+    p, q = (np.exp(t.double().numpy()) for t in tables.values())
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    each = (p * np.log(p / q)).sum(1)[:128]
+    found = evaluation.divergence("student")
+    assert found.nats == pytest.approx(each.mean())
+    assert found.stderr == pytest.approx(each.std(ddof=1) / math.sqrt(128))
+    assert found.images == 128
+    assert evaluation.divergence("teacher").nats == pytest.approx(0, abs=1e-12)
+
+
 def test_networks_run_without_gradients():
     weight = torch.randn(4, 10, requires_grad=True)
     seen = []

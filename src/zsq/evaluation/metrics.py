@@ -55,6 +55,25 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far one network's predictions are from another's: a finer measure than answers that change.
+
+    Attributes:
+        nats: mean of ``KL(softmax(reference) || softmax(network))`` over images.
+        stderr: standard error of that mean.
+        images: how many images were looked at.
+    """
+
+    nats: float
+    stderr: float
+    images: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What several networks said about the same images.
 
@@ -63,11 +82,13 @@ class Evaluation:
         predictions: the class that each network named, int64 ``[images]``, by name; fewer where a
             network looked at the first images only.
         labels: the true classes, int64 ``[images]``.
+        divergences: of each network from the first one, float64 ``[images]``, by name; nats.
     """
 
     scores: dict[str, Score]
     predictions: dict[str, Tensor]
     labels: Tensor
+    divergences: dict[str, Tensor]
 
     def agreement(self, first: str, second: str) -> float:
         """Return the per cent of images, of those both saw, on which two networks agree."""
@@ -88,6 +109,13 @@ class Evaluation:
         gap = only_first - only_second
         variance = (only_first + only_second - gap**2 / images) / images**2
         return Difference(100 * gap / images, 100 * math.sqrt(max(variance, 0.0)), images)
+
+    def divergence(self, name: str) -> Divergence:
+        """Return how far a network is from the first one on the images that it saw."""
+        self._of(name)
+        each = self.divergences[name]
+        spread = float(each.std()) if len(each) > 1 else 0.0
+        return Divergence(float(each.mean()), spread / math.sqrt(len(each)), len(each))
 
     def _both(self, first: str, second: str) -> tuple[Tensor, Tensor]:
         a, b = self._of(first), self._of(second)
@@ -161,7 +189,8 @@ def evaluate_networks(
 
     Args:
         networks: by name; each maps float32 images ``[n, C, H, W]`` on the CPU to logits
-            ``[n, classes]`` on any device. Put modules into eval mode before.
+            ``[n, classes]`` on any device. Put modules into eval mode before. Divergences are from the
+            first.
         batches: images and int64 labels, as `ImageFolder.batches` yields them.
         classes: how many classes the labels are positions among; every network must have as many.
         first: networks that look at about so many images only, whole batches, at least one.
@@ -177,16 +206,20 @@ def evaluate_networks(
     """
     within_top5: dict[str, int] = dict.fromkeys(networks, 0)
     predictions: dict[str, list[Tensor]] = {name: [] for name in networks}
+    divergences: dict[str, list[Tensor]] = {name: [] for name in networks}
     seen: list[Tensor] = []
     limits, done = first or {}, 0
     with torch.no_grad():
         for images, labels in batches:
+            reference: Tensor | None = None
             for name, network in networks.items():
                 if done and done >= limits.get(name, done + 1):
                     continue
                 logits = _checked(name, network(images), labels, classes)
                 within_top5[name] += int(topk_correct(logits, labels, 5).sum())
                 predictions[name].append(logits.argmax(1))
+                reference = logits if reference is None else reference
+                divergences[name].append(_divergence(reference, logits))
             seen.append(labels)
             done += len(labels)
             if progress is not None:
@@ -196,7 +229,16 @@ def evaluate_networks(
     labels = torch.cat(seen)
     joined = {name: torch.cat(parts) for name, parts in predictions.items()}
     scores = {name: _score(joined[name], labels, within_top5[name]) for name in networks}
-    return Evaluation(scores, joined, labels)
+    apart = {name: torch.cat(parts) for name, parts in divergences.items()}
+    return Evaluation(scores, joined, labels, apart)
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """Return ``KL(softmax(reference) || softmax(logits))`` of each image; NaN for other classes."""
+    if reference.shape != logits.shape:
+        return torch.full((len(logits),), torch.nan, dtype=torch.float64)
+    wanted, given = reference.double().log_softmax(1), logits.double().log_softmax(1)
+    return (wanted.exp() * (wanted - given)).sum(1)
 
 
 def _score(predictions: Tensor, labels: Tensor, within_top5: int) -> Score:
