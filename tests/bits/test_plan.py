@@ -111,7 +111,7 @@ def test_a_file_that_lacks_a_layer_is_refused(teacher, images, tmp_path):
     nowhere = plan.model_copy(update={"layers": fewer, "weights": counted, "free": free})
     with pytest.raises(UsageError, match=r"other layers than the 7 .*: b1"):
         planned(nowhere, teacher, "genie")
-    plan.model_copy(update={"format": 3}).save(path)
+    plan.model_copy(update={"format": 4}).save(path)
     with pytest.raises(UsageError, match="not a readable bits file"):
         BitsPlan.load(path)
 

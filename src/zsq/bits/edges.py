@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from zsq.bits.sensitivity import PASS, logits_of
 from zsq.config import Reconstruction
 from zsq.functional.losses import kl_divergence
 from zsq.quantizers.activation import ActivationQuantizer
@@ -21,9 +22,6 @@ from zsq.quantizers.protocol import Placement, place
 from zsq.runtime.context import Context
 from zsq.settings import Bits, Override, Tuning
 from zsq.teacher.inspect import node_shapes
-
-#: Images per pass.
-PASS = 64
 
 
 def free_edges(
@@ -74,14 +72,14 @@ def measure_edges(
         {node: {bits: divergence in nats}}.
     """
     images = images.to(context.policy.device)
-    wanted = _logits(context.policy.placed_copy(network), images)
+    wanted = logits_of(context.policy.placed_copy(network), images)
     found: dict[str, dict[int, float]] = {name: {} for name in edges}
     with context.reporter.task("sensitivity of activations", len(edges) * len(candidates)) as task:
         for bits in candidates:
             quantized, quantizers = _with_quantizers(network, images, edges, bits, tuning, context)
             for name, quantizer in quantizers.items():
                 quantizer.enabled = True
-                logits = _logits(quantized, images)
+                logits = logits_of(quantized, images)
                 quantizer.enabled = False
                 found[name][bits] = max(float(kl_divergence(logits, wanted, 1.0, "sample")), 0.0)
                 task.advance(1, loss=torch.tensor(found[name][bits]))
@@ -108,7 +106,3 @@ def _with_quantizers(
         rule="error" if isinstance(tuning, Reconstruction) else tuning.ranges, percentile=tuning.percentile,
     )  # fmt: skip
     return placed, made
-
-
-def _logits(network: GraphModule, images: Tensor) -> Tensor:
-    return torch.cat([network(part).float() for part in torch.split(images, PASS)])

@@ -42,7 +42,7 @@ def measure_sensitivity(
     """
     network = context.policy.placed_copy(network)
     images = images.to(context.policy.device)
-    wanted = _logits(network, images)
+    wanted = logits_of(network, images)
     found: dict[str, dict[int, float]] = {}
     paths = list(layers)
     with context.reporter.task("sensitivity", len(paths) * len(candidates)) as task:
@@ -63,10 +63,11 @@ def _with_rounded(
     kept = layer.weight
     layer.weight = nn.Parameter(rounded_weight(kept, bits, tuning), requires_grad=False)
     try:
-        return _logits(network, images)
+        return logits_of(network, images)
     finally:
         layer.weight = kept
 
 
-def _logits(network: GraphModule, images: Tensor) -> Tensor:
+def logits_of(network: GraphModule, images: Tensor) -> Tensor:
+    """Return the float32 logits of images, computed `PASS` at a time."""
     return torch.cat([network(part).float() for part in torch.split(images, PASS)])
