@@ -161,6 +161,17 @@ def test_activations_alone_leave_weights_as_they_are(teacher, images):
     assert len(set(plan.edges.edges.values())) > 1
 
 
+def test_the_frontiers_of_what_was_chosen_are_drawn(teacher, images):
+    weights = choose_bits(teacher, "4.0", images=images)
+    edges = choose_bits(teacher, activations=4, images=images)
+    both = weights.model_copy(update={"edges": edges.edges})
+    for plan, chosen in ((weights, [4.0]), (edges, [4.0]), (both, [4.0, 4.0])):
+        axes = plan.plot().axes
+        assert len(axes) == len(chosen)
+        for panel, average in zip(axes, chosen, strict=True):
+            assert panel.get_lines()[-1].get_xdata()[0] <= average
+
+
 def test_something_has_to_be_bounded(teacher, images):
     with pytest.raises(UsageError, match=r"nothing bounds the bits: .*--budget .*--activations"):
         choose_bits(teacher, images=images)

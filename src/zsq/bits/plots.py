@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 def plot_frontier(plan: BitsPlan) -> Figure:
-    """Draw summed sensitivity over cost, with the chosen point; of activations beside it."""
+    """Draw summed sensitivity over cost, with the chosen point, of what was chosen: weights, activations or both."""
     from matplotlib.figure import Figure
 
-    count = 2 if plan.edges else 1
+    weights, edges = len(plan.frontier) > 1 or plan.edges is None, plan.edges
+    count = int(weights) + int(edges is not None)
     figure = Figure(figsize=(6 * count, 4), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
     figure.suptitle(plan.model)
-    shown = [
-        point.model_copy(update={"cost": shown_cost(plan.kind, point.cost)})
-        for point in plan.frontier
-    ]
-    chosen = Point(cost=shown_cost(plan.kind, plan.cost), sensitivity=plan.sensitivity)
-    _draw_frontier(axes[0], shown, chosen, plan.budget, cost_label(plan.kind))
-    if plan.edges:
-        chosen = Point(cost=plan.edges.cost, sensitivity=plan.edges.sensitivity)
-        budget = f"{plan.edges.budget:g} bits per value"
-        _draw_frontier(
-            axes[1], plan.edges.frontier, chosen, budget, "average bits per value, free activations"
-        )
+    if weights:
+        shown = [
+            Point(cost=shown_cost(plan.kind, p.cost), sensitivity=p.sensitivity)
+            for p in plan.frontier
+        ]
+        chosen = Point(cost=shown_cost(plan.kind, plan.cost), sensitivity=plan.sensitivity)
+        _draw_frontier(axes[0], shown, chosen, plan.budget, cost_label(plan.kind))
+    if edges is not None:
+        chosen = Point(cost=edges.cost, sensitivity=edges.sensitivity)
+        label = "average bits per value, free activations"
+        _draw_frontier(axes[-1], edges.frontier, chosen, f"{edges.budget:g} bits per value", label)
     return figure
 
 
