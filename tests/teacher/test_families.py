@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading, folding and splitting the networks that people have, family by family."""
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers.families import FAMILIES, compose, construct, read
@@ -8,8 +10,10 @@ from torch import nn
 
 from zsq.teacher.fold import find_pairs, fold_batch_norms
 from zsq.teacher.graph import build_network, export_module
+from zsq.teacher.inspect import inspect_teacher
 from zsq.teacher.layers import BatchNorm, Layer
 from zsq.teacher.taps import tap_batch_norms
+from zsq.teacher.teacher import ModelInfo, Teacher
 from zsq.teacher.units import find_units
 
 #: Batch norms with a layer before them that nothing else reads, where that is not all of them.
@@ -146,3 +150,16 @@ def test_units_bear_the_names_of_the_blocks():
     for stage, unit in zip(stages, units[1:-1], strict=True):
         assert unit.name == (stage if len(unit.layers) == 3 else f"{stage}.body")
     assert [units[0].name, units[-1].name] == ["features.init_block.conv.conv", "output"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inspection_lists_every_tensor_that_a_protocol_quantizes(family):
+    _, network, x = read(family)
+    info = ModelInfo(family, tuple(x.shape[1:]), None, None)
+    facts = inspect_teacher(Teacher(network, info))
+    for protocol, counts in facts.protocols.items():
+        bits = [t["bits"][protocol] for t in facts.tensors if t["bits"][protocol]]
+        assert Counter(f"{b} bits" for b in bits) == counts["activations"]
+    for tensor in facts.tensors:
+        assert tensor["read_by"], tensor["name"]
+        assert all(tensor["read_by"]), tensor["name"]

@@ -192,8 +192,8 @@ def _readers(network: GraphModule, node: Node) -> list[str]:
             found += _readers(network, user)
         elif user.op == "call_module":
             found.append(str(user.target))
-        elif user.op != "output":
-            found.append(operator_name(user.target).split(".")[1])
+        elif user.op != "output" and not user.meta.get("scalar"):  # which reads a size alone
+            found.append(operator_name(user.target).partition(".")[2].partition(".")[0])
     return list(dict.fromkeys(found))
 
 
