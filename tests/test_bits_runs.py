@@ -103,16 +103,8 @@ def test_set_overrides_and_a_file_go_together_or_are_refused(model, tmp_path, mo
 
 def test_bits_are_shown_as_tables(model, tmp_path, monkeypatch, capsys):
     ImageSet(torch.randn(8, 3, 8, 8), torch.zeros(8).long()).save(tmp_path / "i.safetensors")
-    wanted = [
-        "bits",
-        model,
-        "--budget",
-        "2kB",
-        *SHAPE,
-        "--quiet",
-        "--images-from",
-        tmp_path / "i.safetensors",
-    ]
+    wanted = ["bits", model, "--budget", "2kB", *SHAPE, "--quiet"]
+    wanted += ["--images-from", tmp_path / "i.safetensors"]
     code, out, _ = zsq(monkeypatch, capsys, *wanted)
     assert code == 0
     for text in ("frontier", "fixed", "bits per weight", "in the ONNX file", "packed"):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -222,8 +222,7 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
                    "layer", "weights", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
     for path, bits in plan.layers.items():
         values = plan.measured.get(path, {})
-        at_four = f"{values[4]:.2e}" if 4 in values else ""
-        cells = (f"{values[bits]:.2e}", at_four) if values else ("fixed", "")
+        cells = _sensitivities(values, bits) if values else ("fixed", "")
         table.add_row(escape(path), f"{plan.weights[path]:,}", str(bits), *cells)
     yield table
     if plan.edges is not None:
@@ -237,15 +236,17 @@ def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
     )
 
 
+def _sensitivities(values: Mapping[int, float], bits: int) -> tuple[str, str]:
+    """Say how sensitive something is at the bits it got, and at 4 where that was measured."""
+    return f"{values[bits]:.2e}", f"{values[4]:.2e}" if 4 in values else ""
+
+
 def _edge_tables(plan: EdgePlan) -> Iterable[RenderableType]:
     table = new_table(f"bits of activations, {plan.budget:g} on average",
                    "tensor", "values an image", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
     for name, bits in plan.edges.items():
-        values = plan.measured[name]
-        at_four = f"{values[4]:.2e}" if 4 in values else ""
-        table.add_row(
-            escape(name), f"{plan.values[name]:,}", str(bits), f"{values[bits]:.2e}", at_four
-        )
+        cells = _sensitivities(plan.measured[name], bits)
+        table.add_row(escape(name), f"{plan.values[name]:,}", str(bits), *cells)
     yield table
     yield (
         f"average {plan.cost:.3f} bits per value of the {len(plan.edges)} free tensors; summed sensitivity "

@@ -7,8 +7,8 @@ from helpers.students import SHAPE, planned, values
 from torch.fx import Interpreter
 
 from zsq.bits.choose import choose_bits
-from zsq.bits.edges import count_values, free_edges, measure_edges
-from zsq.bits.layers import layer_facts
+from zsq.bits.edges import count_values, measure_edges
+from zsq.bits.layers import free_edges, layer_facts
 from zsq.bits.plan import BitsPlan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.config import load_recipe

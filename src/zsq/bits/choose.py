@@ -11,10 +11,10 @@ from typing import Literal
 from torch.fx import GraphModule
 
 from zsq.bits.costs import Budget
-from zsq.bits.edges import count_values, free_edges, measure_edges
+from zsq.bits.edges import count_values, measure_edges
 from zsq.bits.fitting import check_budget, fit_edges, make_plan
 from zsq.bits.latency import measure_latency
-from zsq.bits.layers import fixed_bits, layer_facts
+from zsq.bits.layers import fixed_bits, free_edges, layer_facts
 from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import Recipe, load_recipe

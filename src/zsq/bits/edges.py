@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors between layers: which of them are free, how large they are, what rounding one of them does.
+"""Tensors between layers: how large they are, and what rounding one of them does.
 
 ZeroQ (arXiv 2001.00281) chooses the bits of weights; what it assumes and measures of them holds of
 activations too, and low bits cost most there.
@@ -18,28 +18,10 @@ from zsq.config import Reconstruction
 from zsq.functional.losses import kl_divergence
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.attach import calibrate, copy_network, insert_quantizers, quantizer_path
-from zsq.quantizers.protocol import Placement, place
+from zsq.quantizers.protocol import Placement
 from zsq.runtime.context import Context
-from zsq.settings import Bits, Override, Tuning
+from zsq.settings import Tuning
 from zsq.teacher.inspect import node_shapes
-
-
-def free_edges(
-    network: GraphModule, protocol: str, overrides: Iterable[Override] = ()
-) -> list[str]:
-    """Return the quantized tensors whose bits follow the recipe's, by the node that produces them.
-
-    Args:
-        network: as the recipe quantizes it, see `zsq.student.prepared_network`.
-        protocol: one of `zsq.quantizers.protocol.PROTOCOLS`.
-        overrides: those of the recipe; none to ask about the protocol alone.
-
-    Raises:
-        UsageError: unknown protocol, no layer to quantize, or an override that matches nothing.
-    """
-    chosen = tuple(overrides)
-    low, high = (place(network, protocol, Bits(activations=a), chosen).activations for a in (2, 7))
-    return [name for name, bits in low.items() if high[name] != bits]
 
 
 def count_values(

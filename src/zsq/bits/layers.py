@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a network's layers before bits are chosen: what they cost, and which are free."""
+"""What is known of a network before bits are chosen: what its layers cost, and which bits are free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from zsq.bits.costs import LayerFacts
 from zsq.config import Recipe
-from zsq.quantizers.protocol import origin, place
+from zsq.quantizers.protocol import Placement, origin, place
 from zsq.settings import Bits, Override
 from zsq.student import prepared_network
 from zsq.teacher.fold import calls, tensor_inputs
@@ -31,10 +31,28 @@ def fixed_bits(
     Raises:
         UsageError: unknown protocol, no layer to quantize, or an override that matches nothing.
     """
-    # a layer is free where its bits follow the recipe's
+    low, high = _placed_apart(network, protocol, overrides)
+    return {path: bits for path, bits in low.weights.items() if high.weights[path] == bits}
+
+
+def free_edges(
+    network: GraphModule, protocol: str, overrides: Iterable[Override] = ()
+) -> list[str]:
+    """Return the tensors whose bits protocol and overrides leave free, by the node that produces them.
+
+    Arguments and errors are those of `fixed_bits`.
+    """
+    low, high = _placed_apart(network, protocol, overrides)
+    return [name for name, bits in low.activations.items() if high.activations[name] != bits]
+
+
+def _placed_apart(
+    network: GraphModule, protocol: str, overrides: Iterable[Override]
+) -> tuple[Placement, Placement]:
+    """Place few bits and many: what is free follows the recipe's."""
     chosen = tuple(overrides)
-    low, high = (place(network, protocol, Bits(weights=w), chosen).weights for w in (2, 7))
-    return {path: bits for path, bits in low.items() if high[path] == bits}
+    few, many = Bits(weights=2, activations=2), Bits(weights=7, activations=7)
+    return place(network, protocol, few, chosen), place(network, protocol, many, chosen)
 
 
 def layer_facts(teacher: Teacher, recipe: Recipe) -> tuple[dict[str, LayerFacts], list[str]]:

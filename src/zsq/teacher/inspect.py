@@ -88,7 +88,11 @@ def node_shapes(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str,
 
 def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Return the multiply-accumulates of one image per layer path."""
-    shapes, macs = node_shapes(network, input_shape), Counter[str]()
+    return _macs(network, node_shapes(network, input_shape))
+
+
+def _macs(network: GraphModule, shapes: dict[str, torch.Size]) -> dict[str, int]:
+    macs = Counter[str]()
     for node in network.graph.nodes:
         module = module_of(network, node)
         if isinstance(module, Layer) and node.name in shapes:
@@ -135,7 +139,8 @@ def inspect_teacher(
     bits = bits or Bits()
     folded = fold_batch_norms(teacher.network)
     placements = {name: place(folded, name, bits, tuple(overrides)) for name in PROTOCOLS}
-    macs = count_macs(folded, teacher.info.input_shape)
+    shapes = node_shapes(folded, teacher.info.input_shape)
+    macs = _macs(folded, shapes)
     network = teacher.network
     parameters = sum(p.numel() for p in network.parameters()) + count_constants(network)
     return Inspection(
@@ -155,7 +160,7 @@ def inspect_teacher(
         layers=tuple(
             _layer(folded, path, macs, placements) for path in placements["integer"].weights
         ),
-        tensors=_tensors(folded, node_shapes(folded, teacher.info.input_shape), placements),
+        tensors=_tensors(folded, shapes, placements),
     )
 
 
