@@ -64,6 +64,19 @@ def test_pixels_come_to_have_the_statistics(teacher):
     assert distance(teacher, images) < 0.2 * distance(teacher, noise)
 
 
+def test_pixels_start_from_the_noise_asked_for(teacher):
+    white = make(teacher, steps=1, lr=1e-9).images
+    smooth = make(teacher, steps=1, lr=1e-9, init_slope=2.0, init_std=0.5).images
+
+    def grain(images):
+        return float((images[..., 1:] - images[..., :-1]).std() / images.std())
+
+    assert grain(white) == pytest.approx(2**0.5, abs=0.1)
+    assert grain(smooth) < 0.7
+    assert float(smooth.std()) == pytest.approx(0.5, abs=0.05)
+    assert float(white.std()) == pytest.approx(1.0, abs=0.05)
+
+
 ONLY_LABELS = {"cross_entropy": 1.0, "batch_statistics": 0.0}
 
 

@@ -109,6 +109,9 @@ class PixelSynthesis(Part):
     """Steps without a relatively 1e-4 better loss before the rate falls to a tenth."""
     init_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the noise that pixels start from."""
+    init_slope: float = Field(default=0.0, ge=0, le=4)
+    """How fast that noise's amplitudes fall with frequency, ``frequency**-slope``: 0 is white, photographs have
+    1 or more. Where it is not 0 take a smaller ``lr``, or the optimiser's first steps are the noise."""
     losses: PixelLosses = PixelLosses(batch_statistics=1.0)
     difficulty: float = Field(default=0.0, ge=0)
     """Gamma of ``(1 - p)**gamma * CE``; 0 is the plain cross-entropy."""

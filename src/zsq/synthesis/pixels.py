@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from zsq.config import PixelSynthesis
 from zsq.errors import UsageError
 from zsq.functional.crop import crop, random_windows
+from zsq.functional.noise import start_noise
 from zsq.functional.pixel_loss import (
     batch_statistics_distance,
     class_band,
@@ -260,7 +261,7 @@ class _Round:
 
     def _noise(self, stream: torch.Generator) -> Tensor:
         shape = (self.size, *self.objective.shape)
-        noise = torch.randn(shape, generator=stream) * self.settings.init_std
+        noise = start_noise(shape, self.settings.init_slope, stream) * self.settings.init_std
         return noise.to(self.device).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def _probability(self, stream: torch.Generator) -> Tensor:
