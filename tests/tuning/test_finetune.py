@@ -354,6 +354,9 @@ def test_quick_schedules_of_hast_keep_its_harder_images_and_only_one_begins_reco
     assert ours.tuning.start.steps == 500
     assert theirs.tuning.start is None
     assert theirs.tuning.lr == load_recipe("hast").tuning.lr == 1e-5
+    assert (ours.synthesis.init_slope, ours.synthesis.lr) == (1.4, 0.1)
+    for published in (theirs, load_recipe("hast")):
+        assert (published.synthesis.init_slope, published.synthesis.lr) == (0, 0.5)
     assert ours.tuning.promotion is not None
     assert theirs.tuning.promotion.through_teacher
     assert (ours.tuning.clamped_gradient, theirs.tuning.clamped_gradient) == ("stop", "pass")
