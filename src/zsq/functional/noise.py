@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Share of a channel's own noise beside what all channels have in common: channels of photographs are
+#: Size of a channel's own noise beside what all channels have in common: channels of photographs are
 #: correlated by about 0.9, these by 1 / (1 + 0.4**2) = 0.86.
 OWN = 0.4
 #: What the constant part of an image counts as, in periods per image; it has no frequency of its own.
@@ -43,9 +43,8 @@ def start_noise(
     own = torch.randn(shape, generator=generator)
     axes = tuple(range(2, len(shape)))
     spectrum = torch.fft.fftn(common + OWN * own, dim=axes) / _frequencies(shape[2:]) ** slope
-    noise: Tensor = torch.fft.ifftn(spectrum, dim=axes).real.contiguous()
-    spread = noise.std((0, *axes), keepdim=True)
-    return noise / spread.clamp(min=torch.finfo(noise.dtype).tiny)
+    noise: Tensor = torch.fft.ifftn(spectrum, dim=axes).real
+    return noise / noise.std((0, *axes), keepdim=True)
 
 
 def _frequencies(sides: tuple[int, ...]) -> Tensor:
