@@ -15,7 +15,7 @@ from zsq.artifact.given import Places, known_to_all
 from zsq.artifact.identity import check_agreement, run_identity
 from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
-from zsq.bits.plan import read_plan
+from zsq.bits.plan import BitsPlan, read_plan
 from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
@@ -39,7 +39,7 @@ def quantize(
     model: str | nn.Module | torch.export.ExportedProgram,
     recipe: str | Path | Recipe = "genie",
     *,
-    bits: str | None = None,
+    bits: str | Path | BitsPlan | None = None,
     protocol: str | None = None,
     schedule: Literal["quick", "full"] = "full",
     settings: Sequence[str] = (),
@@ -70,8 +70,8 @@ def quantize(
         model: a MODEL string (``pytorchcv:resnet20_cifar10``, ``file.py:function``, ``net.pt2``,
             ``zsq:resnet20_cifar10``, ...), a module, or an exported program. Not changed.
         recipe: name of a recipe, a YAML file, or a `Recipe`.
-        bits: like ``w4a4``, or a bits file of `zsq bits`, made under the same protocol; None keeps the
-            recipe's.
+        bits: like ``w4a4``, or a bits file of `zsq bits` or what `choose_bits` returned, made under the same
+            protocol; None keeps the recipe's.
         protocol: ``edges-8bit``, ``integer`` or ``all-low-bit``; None keeps the recipe's.
         schedule: ``full`` as published, ``quick`` for a laptop.
         settings: ``KEY=VALUE`` changes of recipe fields.

@@ -22,6 +22,7 @@ from zsq.quantizers.weight import FrozenWeight, SoftRoundWeight, round_to_neares
 from zsq.runtime.ambient import own_modes
 from zsq.settings import Tuning
 from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.layers import Layer
 from zsq.teacher.teacher import ModelInfo, Teacher
 
 
@@ -109,9 +110,7 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     quantize_layers(
         network,
         placement,
-        lambda layer, bits: weight_quantizer(
-            layer.weight, bits, recipe.tuning, centred=layer.is_depthwise and bits == 8
-        ),
+        lambda layer, bits: weight_quantizer(layer, bits, recipe.tuning),
     )
     insert_quantizers(network, placement, lambda bits: _activation_quantizer(bits, recipe.tuning))
     student = Student(network, placement, teacher.info, recipe)
@@ -121,31 +120,31 @@ def attach(teacher: Teacher, recipe: Recipe) -> Student:
     return student.to(device).eval()
 
 
-def weight_quantizer(
-    weight: Tensor, bits: int, tuning: Tuning, *, centred: bool = False
-) -> nn.Module:
-    """Return what a weight goes through while it is tuned as the recipe says.
+def weight_quantizer(layer: Layer, bits: int, tuning: Tuning) -> nn.Module:
+    """Return what a layer's weight goes through while it is tuned as the recipe says.
 
     Args:
-        weight: (C, ...) of the teacher.
+        layer: of the teacher.
         bits: 2 to 8.
         tuning: of the recipe.
-        centred: search grids with zero in the middle. Depthwise layers of 8 bits are deployed on such
-            ones (`zsq.export.deploy`), and what rounding learned on another would be rounded again.
     """
+    weight = layer.weight
     if isinstance(tuning, Finetuning):
         return MinMaxWeight(weight, bits)
     if isinstance(tuning, RangeCalibration) and tuning.weights == "minmax":
         return MinMaxWeight(weight, bits).freeze()
+    # Depthwise layers of 8 bits are deployed on grids with zero in the middle (`zsq.export.deploy`); what
+    # rounding learned on another would be rounded again.
+    centred = layer.is_depthwise and bits == 8
     grid = search_weight_grid(weight, bits, power=tuning.power, centred=centred)
     if isinstance(tuning, RangeCalibration) or tuning.steps == 0:
         return round_to_nearest(weight, bits, grid)
     return SoftRoundWeight(weight, bits, grid, log_scale=tuning.log_scale)
 
 
-def rounded_weight(weight: Tensor, bits: int, tuning: Tuning) -> Tensor:
-    """Return a weight as it is before tuning: rounded to the grid that a recipe starts from."""
-    quantizer = weight_quantizer(weight, bits, tuning)
+def rounded_weight(layer: Layer, bits: int, tuning: Tuning) -> Tensor:
+    """Return a layer's weight as it is before tuning: rounded to the grid that a recipe starts from."""
+    quantizer = weight_quantizer(layer, bits, tuning)
     frozen = quantizer if isinstance(quantizer, FrozenWeight) else quantizer.freeze()  # type: ignore[operator]
     return frozen()  # type: ignore[no-any-return]
 

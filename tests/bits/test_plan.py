@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from helpers.networks import network_of
 from helpers.students import planned
 from torch import nn
 
@@ -14,12 +15,14 @@ from zsq.bits.plan import BitsPlan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import load_recipe
-from zsq.errors import UsageError
+from zsq.errors import RunError, UsageError
+from zsq.functional.affine import search_weight_grid
 from zsq.quantizers.minmax import MinMaxWeight
+from zsq.quantizers.weight import round_to_nearest
 from zsq.runtime.context import Context
 from zsq.stages import tune
-from zsq.student import attach
-from zsq.teacher.teacher import Teacher
+from zsq.student import attach, prepared_network, rounded_weight
+from zsq.teacher.teacher import ModelInfo, Teacher
 
 INNER = ("a1", "a2", "proj", "b1", "b2")
 
@@ -178,3 +181,76 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not a readable bits file"):
         read_plan(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("recipe", ["hast", "genie"])
+def test_weights_are_rounded_as_the_student_begins(teacher, images, recipe):
+    """HAST's quick schedule begins with a reconstruction, on grids of least error."""
+    plan = choose_bits(
+        teacher, "4.0", recipe, schedule="quick", settings=["equalize=0"], images=images
+    )
+    resolved = load_recipe(recipe, schedule="quick")
+    begins = resolved.tuning.start if recipe == "hast" else resolved.tuning
+    network = prepared_network(teacher, resolved)
+    path, bits = plan.free[0], 3
+    grid = search_weight_grid(network.get_submodule(path).weight, bits, power=begins.power)
+    with torch.no_grad():
+        p = network(images.images).softmax(1)
+        layer = network.get_submodule(path)
+        layer.weight = nn.Parameter(round_to_nearest(layer.weight, bits, grid)())
+        q = network(images.images).softmax(1)
+    expected = float((p * (p / q).log()).sum(1).mean())
+    assert plan.measured[path][bits] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_is_measured_as_a_student_that_is_not_tuned_has_it(bits):
+    """Depthwise layers of 8 bits among them, whose grids have zero in the middle."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    )
+    one = Teacher(network_of(net, (4, 8, 8)), ModelInfo("depthwise", (4, 8, 8)))
+    recipe = load_recipe(
+        "genie",
+        bits=f"w{bits}a8",
+        protocol="all-low-bit",
+        settings=["equalize=0", "tuning.steps=0"],
+    )
+    network = prepared_network(one, recipe)
+    for path, layer in attach(one, recipe).layers().items():
+        there = rounded_weight(network.get_submodule(path), bits, recipe.tuning)
+        assert torch.equal(layer.weight(), there)
+
+
+def test_a_budget_may_be_a_number_and_a_plan_or_a_path_may_be_the_bits(teacher, images, tmp_path):
+    plan = choose_bits(teacher, 4.0, images=images)
+    assert plan == choose_bits(teacher, "4.0", images=images)
+    plan.save(tmp_path / "odd-name")
+    assert read_plan(plan) == read_plan(tmp_path / "odd-name") == plan
+
+
+def test_a_width_that_was_not_measured_is_drawn_without_a_mark(teacher, images, tmp_path):
+    plan = choose_bits(teacher, 4.0, images=images, candidates=[2, 4, 8])
+    edited = plan.model_copy(update={"layers": plan.layers | {plan.free[0]: 5}})
+    write_plan(edited, tmp_path)
+    assert BitsPlan.load(tmp_path / "bits.yaml") == edited
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("free", (), "free names no layer"), ("measured", {}, "no sensitivities of a1"),
+])  # fmt: skip
+def test_a_file_without_choices_or_what_they_rest_on_is_refused(
+    teacher, images, tmp_path, field, value, says
+):
+    plan = choose_bits(teacher, "4.0", images=images)
+    plan.model_copy(update={field: value}).save(tmp_path / "bits.yaml")
+    with pytest.raises(UsageError, match=f"not a readable bits file.*{says}"):
+        BitsPlan.load(tmp_path / "bits.yaml")
+
+
+def test_a_damaged_network_is_named_where_its_bits_are_chosen(teacher, images):
+    network = copy.deepcopy(teacher.network)
+    network.get_submodule("b1").weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match=r"divergence with .* at 2 bits is nan"):
+        choose_bits(Teacher(network, teacher.info), "4.0", images=images, settings=["equalize=0"])

@@ -17,13 +17,13 @@ from zsq.bits.latency import measure_latency
 from zsq.bits.layers import fixed_bits, free_edges, layer_facts
 from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.bits.sensitivity import measure_sensitivity
-from zsq.config import Recipe, load_recipe
+from zsq.config import LARGE_SIDE, Recipe, load_recipe
 from zsq.errors import UsageError
-from zsq.preparation import prepared_teacher
+from zsq.preparation import prepared_teacher, reconstruction_of
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.context import Context
 from zsq.runtime.seeds import seeded
-from zsq.settings import Bits
+from zsq.settings import Bits, Tuning
 from zsq.stages import Images, choose_images
 from zsq.student import prepared_network
 from zsq.synthesis.images import ImageSet
@@ -38,7 +38,7 @@ IMAGES = 64
 @own_modes()
 def choose_bits(
     teacher: Teacher,
-    budget: str | Budget | None = None,
+    budget: str | float | Budget | None = None,
     recipe: str | Path | Recipe = "genie",
     *,
     bits: str | None = None,
@@ -81,10 +81,11 @@ def choose_bits(
     """
     context = context or Context()
     resolved = load_recipe(
-        recipe, schedule=schedule, settings=settings, bits=bits, protocol=protocol
-    )
+        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
+        settings=settings, bits=bits, protocol=protocol,
+    )  # fmt: skip
     _check_budgets(budget, activations, bits)
-    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+    wanted = Budget.parse(str(budget)) if isinstance(budget, str | int | float) else budget
     widths = chosen = _checked(candidates)
     if activations is not None:
         _check_activations(activations, chosen)
@@ -113,7 +114,7 @@ def choose_bits(
             resolved = _with_edges(resolved, edges)
             facts, _ = layer_facts(teacher, resolved)
         measured = measure_sensitivity(
-            network, pictures.images, free, widths, resolved.tuning, context
+            network, pictures.images, free, widths, _first_tuning(resolved), context
         )
         if wanted.kind == "latency":
             timed = sorted({*widths, *fixed.values(), 8})
@@ -133,8 +134,15 @@ def _choose_edges(
             f"protocol {recipe.protocol!r} and the recipe's {len(recipe.overrides)} overrides fix the bits of all "
             "activations of this network; leave --activations out."
         )
-    measured = measure_edges(network, pictures.images, free, candidates, recipe.tuning, context)
+    measured = measure_edges(
+        network, pictures.images, free, candidates, _first_tuning(recipe), context
+    )
     return fit_edges(budget, measured, count_values(network, free, shape))
+
+
+def _first_tuning(recipe: Recipe) -> Tuning:
+    """Return what a student's first grids come from: a reconstruction, where its tuning begins with one."""
+    return reconstruction_of(recipe) or recipe.tuning
 
 
 def _with_edges(recipe: Recipe, edges: EdgePlan) -> Recipe:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsq.bits.sensitivity import PASS, logits_of
+from zsq.bits.sensitivity import PASS, by_width, logits_of
 from zsq.config import Reconstruction
 from zsq.functional.losses import kl_divergence
 from zsq.quantizers.activation import ActivationQuantizer
@@ -52,10 +52,13 @@ def measure_edges(
 
     Returns:
         {node: {bits: divergence in nats}}.
+
+    Raises:
+        RunError: a divergence is NaN or infinite.
     """
     images = images.to(context.policy.device)
     wanted = logits_of(context.policy.placed_copy(network), images)
-    found: dict[str, dict[int, float]] = {name: {} for name in edges}
+    found: dict[str, list[Tensor]] = {name: [] for name in edges}
     with context.reporter.task("sensitivity of activations", len(edges) * len(candidates)) as task:
         for bits in candidates:
             quantized, quantizers = _with_quantizers(network, images, edges, bits, tuning, context)
@@ -63,9 +66,9 @@ def measure_edges(
                 quantizer.enabled = True
                 logits = logits_of(quantized, images)
                 quantizer.enabled = False
-                found[name][bits] = max(float(kl_divergence(logits, wanted, 1.0, "sample")), 0.0)
-                task.advance(1, loss=torch.tensor(found[name][bits]))
-    return found
+                found[name].append(kl_divergence(logits, wanted, 1.0, "sample"))
+                task.advance(1, loss=found[name][-1])
+    return {name: by_width(name, candidates, values) for name, values in found.items()}
 
 
 def _with_quantizers(

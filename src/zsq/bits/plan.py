@@ -60,6 +60,9 @@ class EdgePlan(Part):
         apart = sorted({*self.edges} ^ {*self.values})
         if apart:
             raise ValueError(f"edges and values name different tensors: {_listed(apart)}")
+        unknown = sorted({*self.edges} - {*self.measured})
+        if unknown:
+            raise ValueError(f"measured has no sensitivities of tensors {_listed(unknown)}")
         return self
 
     def overrides(self) -> tuple[Override, ...]:
@@ -109,6 +112,11 @@ class BitsPlan(Part):
         apart = sorted({*self.layers} ^ {*self.weights} | {*self.free} - {*self.layers})
         if apart:
             raise ValueError(f"layers, free and weights name different layers: {_listed(apart)}")
+        if not self.free:
+            raise ValueError("free names no layer, though the bits of some were chosen")
+        unknown = sorted({*self.free} - {*self.measured})
+        if unknown:
+            raise ValueError(f"measured has no sensitivities of {_listed(unknown)}")
         return self
 
     def average(self) -> float:
@@ -232,14 +240,16 @@ class BitsPlan(Part):
             ) from error
 
 
-def read_plan(bits: str | None) -> BitsPlan | None:
-    """Read a bits file where one is named; widths like ``w4a4`` are none.
+def read_plan(bits: str | Path | BitsPlan | None) -> BitsPlan | None:
+    """Return a plan that is given or in a file that is named; widths like ``w4a4`` are none.
 
     Raises:
         UsageError: the file is not a bits file.
     """
-    is_file = bits is not None and bits.endswith((".yaml", ".yml"))
-    return BitsPlan.load(Path(bits)) if bits is not None and is_file else None
+    if bits is None or isinstance(bits, BitsPlan):
+        return bits
+    is_file = isinstance(bits, Path) or bits.endswith((".yaml", ".yml"))
+    return BitsPlan.load(Path(bits)) if is_file else None
 
 
 def _listed(paths: list[str]) -> str:

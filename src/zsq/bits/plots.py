@@ -76,8 +76,13 @@ def _draw_sensitivity(
             places, [max(measured[name].get(bits, 0.0), 1e-9) for name in chosen], marker=".",
             linewidth=1, label=f"{bits} bits",
         )  # fmt: skip
-    there = [max(measured[name][bits], 1e-9) for name, bits in chosen.items()]
-    axes.plot(places, there, "o", markerfacecolor="none", color="black", label="chosen")
+    # a width that someone wrote into the file was not measured
+    known = [(i, measured[name].get(bits)) for i, (name, bits) in enumerate(chosen.items())]
+    there = [(i, max(value, 1e-9)) for i, value in known if value is not None]
+    axes.plot(
+        [i for i, _ in there], [value for _, value in there], "o", markerfacecolor="none",
+        color="black", label="chosen",
+    )  # fmt: skip
     axes.set_xticks(list(places), list(chosen), rotation=90, fontsize=6)
     axes.set(yscale="log", ylabel="sensitivity (KL, nats)")
     axes.grid(visible=True, alpha=0.3)

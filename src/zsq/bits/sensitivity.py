@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from zsq.errors import RunError
 from zsq.functional.losses import kl_divergence
 from zsq.runtime.context import Context
 from zsq.settings import Tuning
@@ -39,6 +41,9 @@ def measure_sensitivity(
 
     Returns:
         {path: {bits: divergence in nats}}.
+
+    Raises:
+        RunError: a divergence is NaN or infinite.
     """
     network = context.policy.placed_copy(network)
     images = images.to(context.policy.device)
@@ -47,12 +52,31 @@ def measure_sensitivity(
     paths = list(layers)
     with context.reporter.task("sensitivity", len(paths) * len(candidates)) as task:
         for path in paths:
-            found[path] = {}
+            divergences = []
             for bits in candidates:
                 logits = _with_rounded(network, path, bits, tuning, images)
-                found[path][bits] = max(float(kl_divergence(logits, wanted, 1.0, "sample")), 0.0)
-                task.advance(1, loss=torch.tensor(found[path][bits]))
+                divergences.append(kl_divergence(logits, wanted, 1.0, "sample"))
+                task.advance(1, loss=divergences[-1])
+            found[path] = by_width(path, candidates, divergences)
     return found
+
+
+def by_width(
+    name: str, candidates: Sequence[int], divergences: Sequence[Tensor]
+) -> dict[int, float]:
+    """Return divergences as numbers by bit-width, rounding errors below 0 as 0.
+
+    Raises:
+        RunError: one is NaN or infinite.
+    """
+    values = torch.stack(list(divergences)).tolist()
+    for bits, value in zip(candidates, values, strict=True):
+        if not math.isfinite(value):
+            raise RunError(
+                f"the divergence with {name} at {bits} bits is {value}, so no bits can be chosen; look for weights "
+                "or images that are NaN or very large."
+            )
+    return {bits: max(value, 0.0) for bits, value in zip(candidates, values, strict=True)}
 
 
 def _with_rounded(
@@ -61,7 +85,8 @@ def _with_rounded(
     layer = network.get_submodule(path)
     assert isinstance(layer, Layer)
     kept = layer.weight
-    layer.weight = nn.Parameter(rounded_weight(kept, bits, tuning), requires_grad=False)
+    rounded = rounded_weight(layer, bits, tuning)
+    layer.weight = nn.Parameter(rounded, requires_grad=False)
     try:
         return logits_of(network, images)
     finally:
