@@ -67,6 +67,8 @@ class Recipe(Part):
     """Settings of ``--schedule quick``, by dotted key."""
     large: dict[str, Any] = Field(default_factory=dict)
     """Settings for images of 128 pixels and more, by dotted key: the published ones for ImageNet."""
+    large_quick: dict[str, Any] = Field(default_factory=dict)
+    """Settings of ``--schedule quick`` for such images, after the two others."""
 
 
 _METHODS = {"genie", "generator", "pixels", "mixed", "reconstruct", "finetune", "calibrate"}
@@ -118,7 +120,8 @@ def load_recipe(
         7
     """
     data = source.model_dump() if isinstance(source, Recipe) else _read(source)
-    for part, wanted in (("large", large), ("quick", schedule == "quick")):
+    quick = schedule == "quick"
+    for part, wanted in (("large", large), ("quick", quick), ("large_quick", large and quick)):
         changed = data.get(part) if wanted else None
         for key, value in changed.items() if isinstance(changed, dict) else ():
             _assign(data, str(key), value)
@@ -234,7 +237,7 @@ def _inherited(base: dict[str, Any], heir: dict[str, Any]) -> dict[str, Any]:
         old, new = (_mapping(recipe, part).get("method") for recipe in (base, heir))
         if new is not None and new != (old or default):
             base = {name: value for name, value in base.items() if name != part}
-            for group in ("quick", "large"):
+            for group in ("quick", "large", "large_quick"):
                 changes = _mapping(base, group).items()
                 base[group] = {k: v for k, v in changes if not str(k).startswith(f"{part}.")}
     return _merged(base, heir)

@@ -32,6 +32,7 @@ from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
 from zsq.synthesis.images import ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.synthesis.objective import count_classes
 from zsq.synthesis.pixels import synthesize_pixels
 from zsq.synthesis.warming import synthesize_with_generator, warmed_generator
 from zsq.teacher.teacher import Teacher
@@ -90,6 +91,8 @@ def tune(
     """Tune a student on images with its recipe's tuner; return it frozen on integers."""
     context = context or Context()
     images.check(student.info.input_shape)
+    if isinstance(student.recipe.tuning, Finetuning):
+        images.check_labels(count_classes(teacher))
     context.group.align(student.network)
     student = _tune(teacher, student, images, context)
     context.group.align(student.network)

@@ -10,8 +10,9 @@ from helpers.networks import Residual, network_of, smooth_images, with_own_stati
 from helpers.students import labelled_images
 from torch.fx import Interpreter
 
-from zsq.config import Recipe, load_recipe
-from zsq.errors import RunError
+from zsq import stages
+from zsq.config import Finetuning, Recipe, load_recipe, recipe_names
+from zsq.errors import RunError, UsageError
 from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
@@ -24,6 +25,7 @@ from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import ModelInfo, Teacher
 from zsq.tuning import finetune as module
+from zsq.tuning import ranges as searching
 
 SMALL = [
     "synthesis.steps=6", "synthesis.batch=8", "synthesis.images=10", "tuning.steps=6",
@@ -130,6 +132,56 @@ def test_ranges_of_least_error_are_found_on_the_last_warm_up_batch(teacher):
             k: float((s.quantizer(name)(x) - x).abs().pow(2.4).mean()) for k, s in found.items()
         }
         assert errors["error"] < errors["minmax"]
+
+
+def test_searched_ranges_see_as_many_images_as_the_recipe_says(teacher, monkeypatch):
+    seen, calibrate = [], searching.calibrate
+    monkeypatch.setattr(
+        searching, "calibrate", lambda n, q, b, **k: (seen.append(b), calibrate(n, q, b, **k))[1]
+    )
+    images = real(teacher)
+    one = recipe("gdfq", "tuning.ranges=error", "tuning.range_steps=5", "tuning.steps=1",
+                 "tuning.batch=8", "tuning.calibration_images=17")  # fmt: skip
+    tune(teacher, attach(teacher, one), images)
+    (batches,) = seen
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert len(torch.cat(batches).flatten(1).unique(dim=0)) >= 16, "not one batch three times"
+
+
+@pytest.mark.parametrize("done", [1, 4])
+def test_searched_ranges_are_the_same_if_the_warm_up_is_interrupted(
+    teacher, tmp_path, monkeypatch, done
+):
+    one = recipe(
+        "gdfq", "tuning.ranges=error", "tuning.range_steps=5", "tuning.calibration_images=32"
+    )
+    images, context = real(teacher), Context(checkpoints=Checkpoints(tmp_path))
+    whole = tune(teacher, attach(teacher, one), images)
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 1)
+    step = module.FineTuner.step
+
+    def killed(self, number):
+        if number == done:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.FineTuner, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(teacher, attach(teacher, one), images, context=context)
+    again = tune(teacher, attach(teacher, one), images, context=context)
+    found = again.network.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in whole.network.state_dict().items())
+
+
+def test_labels_that_are_no_classes_are_refused_before_a_student_is_reconstructed(
+    teacher, monkeypatch
+):
+    monkeypatch.setattr(stages, "begin_with_reconstruction", lambda *_: pytest.fail("too late"))
+    one = load_recipe("hast", bits="w4a4", schedule="quick")
+    images = ImageSet(smooth_images(4), torch.arange(4) + 2)
+    with pytest.raises(UsageError, match="5 classes, 0 to 4"):
+        tune(teacher, attach(teacher, one), images)
 
 
 def test_evaluation_changes_nothing(teacher):
@@ -332,18 +384,29 @@ def test_only_the_recipe_with_narrow_ranges_stops_gradients_where_it_clamps(teac
         assert {q.stop for q in student.quantizers().values()} == {stops}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(
     "name",
     ["gdfq-reference", "qimera-reference", "ait-reference", "hast-reference", "intraq-reference"],
 )
-def test_short_schedules_of_reference_recipes_differ_in_length_alone(name):
-    full, quick = (load_recipe(name, schedule=s).model_dump() for s in ("full", "quick"))
+def test_short_schedules_of_reference_recipes_differ_in_length_alone(name, large):
+    full, quick = (
+        load_recipe(name, schedule=s, large=large).model_dump() for s in ("full", "quick")
+    )
     length = {"steps", "batch", "milestones", "range_steps", "range_start", "edge_margin", "images"}
     for part in ("synthesis", "tuning"):
         apart = {key for key in full[part] if full[part][key] != quick[part][key]}
         assert apart <= length
         assert "steps" in apart
     assert full["equalize"] == quick["equalize"] == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_no_short_schedule_learns_many_times_as_fast_as_was_published(large):
+    for name in recipe_names():
+        full, quick = (load_recipe(name, schedule=s, large=large).tuning for s in ("full", "quick"))
+        if isinstance(full, Finetuning):
+            assert quick.lr <= 3.001 * full.lr, name
 
 
 def test_quick_schedules_of_hast_keep_its_harder_images_and_only_one_begins_reconstructed():
@@ -385,7 +448,7 @@ def test_the_ait_recipes_differ_from_their_hosts_by_the_ait_lines_only():
         plain = json.loads(load_recipe(host).model_dump_json())
         ait = json.loads(load_recipe(f"{host}+ait").model_dump_json())
         differing = {k for k in plain if plain[k] != ait[k]}
-        assert differing <= {"name", "title", "paper", "tuning", "large"}
+        assert differing <= {"name", "title", "paper", "tuning", "large", "large_quick"}
         tuning = {k for k in plain["tuning"] if plain["tuning"][k] != ait["tuning"][k]}
         assert tuning == {"losses", "weight_decay", "inundation"}
     assert load_recipe("ait").tuning == load_recipe("gdfq+ait").tuning

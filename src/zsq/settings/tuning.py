@@ -141,14 +141,15 @@ class Finetuning(Calibration):
     own). The grids of weights then stand still, and milestones are shares of the student's steps.
     Its settings are those of `zsq recipes genie`."""
     range_steps: int = Field(default=100, ge=1)
-    """Steps of the warm-up that track activation ranges, which are frozen after them."""
+    """Steps of the warm-up whose images set the ranges of activations, which are frozen after them."""
     range_start: int | None = Field(default=None, ge=0)
     """Step of the warm-up at which tracking starts; null for the latest, so that it ends with the warm-up."""
     range_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running ranges."""
     ranges: Literal["minmax", "percentile", "error"] = "minmax"
-    """What is frozen: the tracked minimum and maximum, as published; or, of the last warm-up batch,
-    the range without its outermost values, or that of the least rounding error (exponent ``power``)."""
+    """What is frozen: the tracked minimum and maximum, as published; or, of the last ``calibration_images``
+    of the warm-up, the range without its outermost values, or that of the least rounding error (exponent
+    ``power``)."""
     clamped_gradient: Literal["pass", "stop"] = "pass"
     """What gradients do where an activation lay outside its range: pass, as published for ranges of
     minimum and maximum, or stop. Ranges of least error clamp much at 3 bits, and there a gradient that

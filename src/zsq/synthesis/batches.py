@@ -16,6 +16,7 @@ from zsq.config import Finetuning
 from zsq.functional.crop import crop, random_windows
 from zsq.runtime.context import Context
 from zsq.synthesis.images import ImageSet
+from zsq.synthesis.objective import count_classes
 from zsq.teacher.teacher import Teacher
 
 #: Images per pass of the teacher.
@@ -90,7 +91,7 @@ class FixedImages:
     The processes of a group share a batch: process 0 draws the order, each takes its slice.
 
     Args:
-        teacher: its logits are computed once, unless every look at an image is another crop.
+        teacher: its logits are computed once; not at all if every look at an image is another crop.
         images: the set.
         settings: images per step (at most all), crops, batches that set ranges.
         context: says where to compute.
@@ -104,16 +105,14 @@ class FixedImages:
         self, teacher: Teacher, images: ImageSet, settings: Finetuning, context: Context
     ) -> None:
         device = context.policy.device
-        network = context.policy.placed_copy(teacher.network)
         self.warmup = settings.range_steps if settings.start is None else 0
         self.size = min(settings.batch, len(images))
         self.group = context.group
         self.group.check_batch(self.size, "tuning.batch")
         self.crop = settings.crop
         self.images = images.images.to(device).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            self.logits = torch.cat([network(part) for part in torch.split(self.images, PASS)])
-        classes = self.logits.shape[1]
+        self.logits = None if self.crop is not None else _logits_of(teacher, self.images, context)
+        classes = count_classes(teacher)
         labels = images.check_labels(classes).labels
         self.targets = one_hot(labels, classes).float().to(device)
         self.order = torch.empty(0, dtype=torch.long)
@@ -129,7 +128,8 @@ class FixedImages:
         share = len(chosen) / self.size
         images, targets = self.images[chosen], self.targets[chosen]
         if self.crop is None:
-            return Batch(images, self.logits[chosen], targets, share=share)
+            logits = None if self.logits is None else self.logits[chosen]
+            return Batch(images, logits, targets, share=share)
         windows = random_windows(len(chosen), self.crop.smallest, self.crop.probability)
         windows = windows.to(images.device, non_blocking=True)
         return Batch(crop(images, windows), None, targets, share=share)
@@ -141,3 +141,10 @@ class FixedImages:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on with a permutation."""
         self.order = state["order"]
+
+
+@torch.no_grad()
+def _logits_of(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
+    """Return a teacher's logits of images that lie where it is to compute."""
+    network = context.policy.placed_copy(teacher.network)
+    return torch.cat([network(part) for part in torch.split(images, PASS)])

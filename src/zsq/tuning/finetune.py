@@ -44,7 +44,7 @@ from zsq.tuning.fusing import fused_rounding
 from zsq.tuning.inundation import InundatedSGD
 from zsq.tuning.objective import Objective
 from zsq.tuning.promotion import learn_from_harder
-from zsq.tuning.ranges import freeze_ranges, tracked_steps, tracking
+from zsq.tuning.ranges import RangeSearch, tracked_steps, tracking
 from zsq.tuning.watch import IntegerWatch
 
 #: Steps between two records, and so between two reads of the device.
@@ -128,6 +128,7 @@ class FineTuner:
             for name, quantizer in student.quantizers().items()
             if isinstance(quantizer, TrackedActivation)
         }
+        self.search = RangeSearch(student, self.ranges, settings, context.group)
         self.rest = _other_parameters(student, self.weights)
         self.trained = [*(weight.master for weight in self.weights.values()), *self.rest]
         rule = settings.inundation
@@ -167,15 +168,15 @@ class FineTuner:
 
     @torch.no_grad()
     def _warm_up(self, batch: Batch, step: int) -> None:
-        """Track ranges in some steps of the warm-up; freeze them in the last of those."""
+        """Track ranges in some steps of the warm-up, or search them on the last images of those."""
         steps = tracked_steps(self.settings, self.source.warmup)
-        if step in steps:
+        if step not in steps:
+            return
+        if self.settings.ranges == "minmax":
             with tracking(self.ranges, self.context.group):
                 self.student(batch.images)
-        if step == steps[-1]:
-            freeze_ranges(
-                self.student, self.ranges, batch.images, self.settings, self.context.group
-            )
+        else:
+            self.search.look(batch, steps[-1] - step)
 
     def _learn(self, batch: Batch, step: int, factor: float, *, measure: bool) -> dict[str, Tensor]:
         """Make one step of the student; ``measure`` which share of its integers it changed."""
@@ -244,7 +245,7 @@ class FineTuner:
             "random": generator_states(), "watch": self.watch.state(),
             "weights": {path: weight.master for path, weight in self.weights.items()},
             "rest": {str(i): parameter for i, parameter in enumerate(self.rest)},
-            "average": self.average.state(),
+            "average": self.average.state(), "search": self.search.state(),
             "ranges": flat({name: q.state_dict() for name, q in self.ranges.items()}),
         }  # fmt: skip
         state = flat(parts) | optimizer_state(self.rest_rule, "sgd")
@@ -262,6 +263,7 @@ class FineTuner:
         self.weight_rule.load_state_dict(part_of(state, "rule"))
         self.watch.restore(part_of(state, "watch"))
         self.average.restore(part_of(state, "average"))
+        self.search.restore(part_of(state, "search"))
         restore_optimizer(self.rest_rule, "sgd", state)
         for path, weight in self.weights.items():
             weight.master.copy_(state[f"weights.{path}"])

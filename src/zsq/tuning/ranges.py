@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from zsq.config import Finetuning
@@ -14,6 +16,7 @@ from zsq.quantizers.attach import calibrate
 from zsq.quantizers.minmax import TrackedActivation
 from zsq.runtime.group import Group
 from zsq.student import Student
+from zsq.synthesis.batches import Batch
 
 Ranges = Mapping[str, TrackedActivation]
 
@@ -49,26 +52,54 @@ def tracking(ranges: Ranges, group: Group) -> Iterator[None]:
             quantizer.widen = None
 
 
-def freeze_ranges(
-    student: Student, ranges: Ranges, images: Tensor, settings: Finetuning, group: Group
-) -> None:
-    """Replace tracked ranges by searched ones where the recipe says so.
+class RangeSearch:
+    """What a warm-up does where a recipe searches ranges: it keeps its last batches and looks at them once.
 
     Args:
         student: whose activations are looked at.
         ranges: its quantizers by name.
-        images: of the last batch, this process's part of it.
         settings: of the recipe.
-        group: the processes that share the batch.
+        group: the processes that share every batch.
     """
-    if settings.ranges == "minmax":
-        return
-    searched: dict[str, ActivationQuantizer] = {**ranges}
-    for quantizer in ranges.values():
-        quantizer.enabled = False
-    calibrate(
-        student.network, searched, [group.gather(images)], power=settings.power,
-        asymmetric=settings.asymmetric, rule=settings.ranges, percentile=settings.percentile,
-    )  # fmt: skip
-    for quantizer in ranges.values():
-        quantizer.enabled = True
+
+    def __init__(
+        self, student: Student, ranges: Ranges, settings: Finetuning, group: Group
+    ) -> None:
+        self.student, self.ranges = student, ranges
+        self.settings, self.group = settings, group
+        self.kept: list[Tensor] = []
+
+    def look(self, batch: Batch, left: int) -> None:
+        """Keep a batch if it is among the last that are needed; choose the ranges with the last.
+
+        Args:
+            batch: this process's part of it.
+            left: batches that will still come.
+        """
+        total = round(len(batch.images) / batch.share)
+        if left < math.ceil(self.settings.calibration_images / total):
+            self.kept.append(self.group.gather(batch.images))
+        if left == 0:
+            self._choose()
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        searched: dict[str, ActivationQuantizer] = {**self.ranges}
+        for quantizer in self.ranges.values():
+            quantizer.enabled = False
+        calibrate(
+            self.student.network, searched, self.kept, power=self.settings.power,
+            asymmetric=self.settings.asymmetric, rule=self.settings.ranges,
+            percentile=self.settings.percentile,
+        )  # fmt: skip
+        for quantizer in self.ranges.values():
+            quantizer.enabled = True
+        self.kept = []
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the batches that are kept, for a run that is interrupted amid its warm-up."""
+        return {f"{i:06d}": images for i, images in enumerate(self.kept)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self.kept = [state[name] for name in sorted(state)]
