@@ -30,6 +30,12 @@ class Mean(nn.Module):
         return x.mean((2, 3))
 
 
+def without_pooling():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    )
+
+
 def without_norms():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
@@ -50,6 +56,8 @@ def ask(out, network, **more):
     (without_norms, {"images": torch.randn(8, 3, 8, 8), "memory": -5}, "-5"),
     (without_norms, {"images": LABELLED, "recipe": LEARNS}, "5 classes, 0 to 4"),
     (without_norms, {"images": torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)}, r"uint8.*/ 255"),
+    (without_pooling, {"recipe": "intraq"}, "not pooled ones.*class_band=0"),
+    (without_pooling, {"recipe": "mixed"}, r"not pooled ones.*synthesis\.parts"),
     (without_norms, {"images": NOISE, "recipe": FIRST}, "'0' gives activations 8 bits, and protocol"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsq.config import Finetuning, Recipe
+from zsq.config import Finetuning, MixedSynthesis, PixelSynthesis, Recipe
 from zsq.errors import UsageError
 from zsq.evaluation.folder import ImageFolder, open_for
 from zsq.quantizers.protocol import check_overrides, place
@@ -14,6 +14,7 @@ from zsq.runtime.group import Group
 from zsq.runtime.progress import Reporter
 from zsq.stages import Images
 from zsq.student import prepared_network
+from zsq.synthesis.centers import pooled_width
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.objective import count_classes
 from zsq.teacher.inspect import floating_layers
@@ -41,6 +42,7 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     check_terms(teacher, recipe)
     if images is None:
         tap_batch_norms(teacher.network)
+        _check_features(teacher, recipe)
     if group.rank or images is None:
         return
     if isinstance(images, Tensor):
@@ -53,6 +55,14 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
         opened = open_for(teacher.info, images)
         if isinstance(recipe.tuning, Finetuning):
             _check_folders(opened, count_classes(teacher))
+
+
+def _check_features(teacher: Teacher, recipe: Recipe) -> None:
+    """Refuse distances to class centres where a classifier reads no pooled features."""
+    synthesis = recipe.synthesis
+    parts = synthesis.parts if isinstance(synthesis, MixedSynthesis) else (synthesis,)
+    if any(isinstance(part, PixelSynthesis) and part.losses.class_band for part in parts):
+        pooled_width(teacher)
 
 
 def _check_folders(opened: ImageFolder, classes: int) -> None:

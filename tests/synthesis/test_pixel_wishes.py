@@ -98,3 +98,28 @@ def test_the_rate_falls_after_as_many_steps_without_a_better_loss(teacher, monke
         rate.step()
         scheduler.step(1.0)
     assert torch.allclose(moved[1] - moved[12], torch.tensor(path), atol=1e-4)
+
+
+def test_a_floor_of_one_and_the_whole_band_are_neither_soft_targets_nor_a_band(teacher, views):
+    """IntraQ's switches as published: epsilon of 1 makes every target hard."""
+    soft = {"batch_statistics": 1.0, "soft_target": 1.0}
+    off = make(teacher, soft_floor=1.0, band=(0.0, 2.0), losses=soft | {"class_band": 1.0})
+    assert all(torch.equal(view.wishes.probability, torch.ones(16)) for view in views)
+    without = make(teacher, soft_floor=1.0, losses=soft)
+    assert torch.equal(off.images, without.images)
+
+
+@pytest.mark.parametrize("band", [(0.8, 0.05), (-0.1, 1.0), (0.0, 2.5)])
+def test_a_band_that_is_none_is_refused(band):
+    with pytest.raises(ValueError, match="smallest and a largest cosine distance"):
+        PixelSynthesis(band=band)
+
+
+@pytest.mark.parametrize("term", ["image_statistics", "batch_statistics"])
+def test_gradients_reach_the_pixels_and_no_weight(teacher, term):
+    before = {name: p.clone() for name, p in teacher.network.named_parameters()}
+    start = make(teacher, steps=1, lr=1e-9, losses={term: 1.0}).images
+    moved = make(teacher, steps=1, lr=0.1, losses={term: 1.0}).images
+    assert float((moved - start).abs().mean()) == pytest.approx(0.1, rel=0.05), "Adam's first step"
+    assert all(p.grad is None for p in teacher.network.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in teacher.network.named_parameters())

@@ -60,8 +60,12 @@ def known_to_all(group: Group, images: Images, images_from: Places) -> Images:
 
 
 def name_of(images: Images) -> str:
-    """Name images so that others have another name."""
+    """Name images so that others, or the same with other labels, have another name."""
     if images is None or isinstance(images, (str, Path)):
         return "synthetic" if images is None else str(images)
-    pixels = images if isinstance(images, Tensor) else images.images
-    return f"given {hashlib.sha256(pixels.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]}"
+    parts = [images] if isinstance(images, Tensor) else [images.images, images.labels.long()]
+    digest = hashlib.sha256()
+    for part in parts:
+        values = part.float() if part.is_floating_point() else part
+        digest.update(values.cpu().contiguous().numpy().tobytes())
+    return f"given {digest.hexdigest()[:16]}"

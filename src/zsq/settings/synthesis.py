@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from zsq.settings.base import Crop, Part, with_method
 
@@ -121,6 +121,16 @@ class PixelSynthesis(Part):
     """Smallest and largest cosine distance to the class centre."""
     crop: Crop | None = None
     """Augmentation inside the loop."""
+
+    @field_validator("band")
+    @classmethod
+    def _is_a_band(cls, band: tuple[float, float]) -> tuple[float, float]:
+        low, high = band
+        if not 0 <= low <= high <= 2:
+            raise ValueError(
+                "a band is a smallest and a largest cosine distance, 0 to 2, in this order"
+            )
+        return band
 
 
 OneSynthesis = Annotated[

@@ -64,6 +64,7 @@ def pooled_width(teacher: Teacher) -> int:
         raise UsageError(
             f"the classifier of {teacher.info.reference} reads features of shape {tuple(shape[1:])}, "
             "not pooled ones, so images have no distance to a class centre; leave that term out with "
-            "--set synthesis.losses.class_band=0."
+            "--set synthesis.losses.class_band=0, or of mixed images the part that has it with --set "
+            "'synthesis.parts=[hast, genie]'."
         )
     return int(shape[1])
