@@ -26,6 +26,7 @@ from zsq.config import Recipe, to_yaml
 from zsq.errors import RunError, UsageError
 from zsq.export.export import export_student
 from zsq.export.parity import ExportReport
+from zsq.preparation import equalization_steps, prepared
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
@@ -131,7 +132,22 @@ def make_student(
                 chosen = ImageSet.shared(group, lambda: ImageSet.load(pictures))
                 student = tuned(teacher, recipe, chosen, context)
             _save_student(folder, student)
+        elif equalization_steps(recipe):
+            _learn_again(folder, teacher, recipe, pictures, context)
     return load_shared_student(result, group)
+
+
+def _learn_again(
+    folder: RunFolder | None, teacher: Teacher, recipe: Recipe, pictures: Path, context: Context
+) -> None:
+    """Make the file again that says how a finished student's channels were equalized, if it is lost."""
+    group = context.group
+    kept = group.from_first(lambda: folder and folder.file("equalization.safetensors").exists())
+    if not kept:
+        chosen = ImageSet.shared(group, lambda: ImageSet.load(pictures))
+        prepared(teacher, recipe, chosen, context)
+        if folder is not None:
+            _keep_for_analysis(folder)
 
 
 def export_run(

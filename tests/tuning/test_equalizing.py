@@ -12,7 +12,7 @@ from zsq.analysis.runs import diagnose, kept_in
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
 from zsq.config import load_recipe
-from zsq.errors import RunError
+from zsq.errors import RunError, UsageError
 from zsq.functional.affine import Grid
 from zsq.preparation import equalization_steps, prepared_teacher
 from zsq.quantizers.activation import ActivationQuantizer
@@ -234,7 +234,7 @@ def test_a_run_keeps_what_it_learned_for_its_analysis(tmp_path, monkeypatch):
     student = zsq.load(tmp_path / "run")
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     images = ImageSet.load(folder.require("images.safetensors"))
-    ready = prepared_teacher(teacher, student.recipe, images, kept_in(folder))
+    ready = prepared_teacher(teacher, student.recipe, images, kept_in(folder, student.recipe))
     for path, layer in student.layers().items():
         rounded, weight = layer.weight(), ready.network.get_submodule(path).weight
         assert float((rounded - weight).abs().max()) < 0.5 * float(weight.abs().max()), path
@@ -255,3 +255,31 @@ def test_a_run_that_dies_before_its_student_is_saved_does_not_learn_again(tmp_pa
             zsq.quantize(network, "genie", **request)
     monkeypatch.setattr(equalizing, "_learn", None)
     assert zsq.quantize(network, "genie", resume=True, **request).quantizers()
+
+
+def test_a_lost_file_of_factors_is_made_again_and_never_guessed(tmp_path):
+    settings = [
+        "synthesis.images=8", "synthesis.batch=8", "synthesis.steps=2", "tuning.steps=3",
+        "tuning.batch=8",
+    ]  # fmt: skip
+    network, out = with_own_statistics(Residual()), tmp_path / "run"
+
+    def run(**more):
+        zsq.quantize(
+            network, "genie", settings=settings, input_shape=SHAPE, out=out, report=False, compile=False,
+            seed=1, **more,
+        )  # fmt: skip
+
+    run()
+    file = out / "equalization.safetensors"
+    kept, student = load_tensors(file)[0], (out / "student.safetensors").read_bytes()
+    file.unlink()
+    with pytest.raises(UsageError, match=r"has no equalization\.safetensors.*--resume"):
+        diagnose(out)
+    assert not file.exists()
+    run(resume=True)
+    again = load_tensors(file)[0]
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(values, again[name]) for name, values in kept.items())
+    assert (out / "student.safetensors").read_bytes() == student
+    assert diagnose(out).to_dict()

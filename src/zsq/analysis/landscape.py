@@ -134,7 +134,7 @@ def _losses(folder: RunFolder, images: int, context: Context) -> StudentLosses:
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     pictures = ImageSet.load(folder.require("images.safetensors"))
-    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder))
+    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder, student.recipe))
     batch = ImageSet(pictures.images[:images], pictures.labels[:images])
     return StudentLosses(student, prepared, batch, context=context)
 

@@ -14,7 +14,8 @@ from torch.fx import Interpreter, Node
 from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
-from zsq.preparation import prepared_teacher
+from zsq.config import Recipe
+from zsq.preparation import equalization_steps, prepared_teacher
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
@@ -53,7 +54,7 @@ def diagnose(
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
     pictures = ImageSet.load(folder.require("images.safetensors"))
-    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder))
+    prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder, student.recipe))
     network = prepared_network(prepared, student.recipe)
     if images is None:
         images = affordable_images(teacher, len(student.layers()) + len(student.quantizers()))
@@ -64,8 +65,14 @@ def diagnose(
     return found
 
 
-def kept_in(folder: RunFolder) -> Context:
-    """Return surroundings whose checkpoints are what a run kept of its own: how it was equalized."""
+def kept_in(folder: RunFolder, recipe: Recipe) -> Context:
+    """Return surroundings whose checkpoints are what a run kept of its own: how it was equalized.
+
+    Raises:
+        UsageError: it is not there, and learned anew it would be another student's.
+    """
+    if equalization_steps(recipe):
+        folder.require("equalization.safetensors")
     return Context(checkpoints=Checkpoints(folder.path))
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import onnxruntime
 
 from zsq.artifact.runfolder import RunFolder
+from zsq.config import load_recipe
 from zsq.errors import UsageError
+from zsq.preparation import equalization_steps
 from zsq.runtime.checkpoints import check_tensors
 
 #: What every finished run has beside its record.
@@ -23,7 +25,13 @@ MODEL = "model.onnx"
 
 def is_complete(folder: RunFolder) -> bool:
     """Return whether a run is done and all of its results are there."""
-    there = all(folder.file(name).exists() for name in ("recipe.yaml", MODEL, *TENSORS))
+    names = ["recipe.yaml", MODEL, *TENSORS]
+    recipe = (
+        load_recipe(folder.file("recipe.yaml")) if folder.file("recipe.yaml").exists() else None
+    )
+    if recipe and equalization_steps(recipe):
+        names.append("equalization.safetensors")
+    there = all(folder.file(name).exists() for name in names)
     return there and folder.record.get("status") == "done"
 
 
