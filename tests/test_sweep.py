@@ -11,7 +11,7 @@ from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, z
 
 from zsq import cli, sweep
 from zsq.errors import RunError, UsageError, ZsqError
-from zsq.sweep import Sweep, run_sweep
+from zsq.sweep import Sweep, _locally, run_sweep
 from zsq.sweep_ray import run_on_ray
 
 SETTINGS = """
@@ -255,3 +255,18 @@ def test_local_workers_share_out_the_gpus(tmp_path, monkeypatch, options, expect
     assert [row["error"] for row in rows] == ["no more of it"] * 4
     assert set(seen) == expected
     assert all(seen.count(gpu) == 4 / len(expected) for gpu in expected)
+
+
+def test_an_interrupted_sweep_begins_no_further_cell():
+    begun, going_on = [], threading.Event()
+
+    def work(cell, threads, gpu):
+        begun.append(cell)
+        assert len(begun) == 1 or going_on.wait(20)
+        return {}
+
+    done = _locally(work, list("abcdef"), 1, [])
+    assert next(done) == ("a", {})
+    threading.Timer(0.2, going_on.set).start()
+    done.close()  # as an exception does, Ctrl-C among them
+    assert len(begun) <= 2

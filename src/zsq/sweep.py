@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 
 from zsq.errors import UsageError, yaml_problem
 from zsq.runtime.files import atomic_write
+from zsq.runtime.machine import usable_cores
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.settings import Part
 from zsq.sweep_ray import run_on_ray
@@ -162,7 +163,7 @@ def _locally(
     work: Callable[[Cell, int, str | None], dict[str, Any]], cells: list[Cell], workers: int, gpus: list[str]
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
     """Run cells on this machine, dealt out to its GPUs; yield each with its row when it is done."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, usable_cores() // workers)
     places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for worker in range(workers):
         places.put(gpus[worker % len(gpus)] if gpus else None)
@@ -174,10 +175,13 @@ def _locally(
         finally:
             places.put(gpu)
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         started = {pool.submit(do, cell): cell for cell in cells}
         for future in as_completed(started):
             yield started[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # interrupted, a sweep begins no further cell
 
 
 def _named(cell: Cell) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers.runs import write_model
 
-from zsq.bench import LOOPS, Request, bench
+from zsq.bench import LOOPS, Request, bench, synthesis
 from zsq.bench.loops import Job
 from zsq.bench.measure import measure
 from zsq.bench.peak import SIDES
@@ -171,3 +171,17 @@ def test_a_schedule_covers_all_images(request_, monkeypatch):
 def test_bad_requests_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
         bench(replace(Request("zsq:resnet20_cifar10"), **change), [change.get("loop", "genie")])
+
+
+@pytest.mark.parametrize("loop", ["genie", "pixels"])
+def test_a_step_is_one_of_one_batch_however_many_would_fill_the_device(request_, loop, monkeypatch):
+    """The bare passes beside it, its FLOPs and the planned steps are those of one batch."""
+    asked = []
+    monkeypatch.setattr(
+        synthesis, f"synthesize_{loop}", lambda teacher, settings, _: asked.append(settings)
+    )
+    job = Job(load_teacher(request_.model), Policy(), BATCH, 4 * BATCH)
+    (part,) = LOOPS[loop](job)
+    part.drive(lambda _: None)
+    assert (asked[0].images, asked[0].batch, asked[0].parallel) == (4 * BATCH, BATCH, 1)
+    assert part.schedule == 4 * asked[0].steps

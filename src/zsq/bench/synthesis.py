@@ -22,12 +22,19 @@ from zsq.synthesis.pixels import synthesize_pixels
 
 
 def _synthesis(job: Job, recipe: str) -> Synthesis:
-    """Return a recipe's settings for the batch and images asked for; by default one batch."""
+    """Return a recipe's settings for the batch and images asked for; by default one batch.
+
+    Batches are made one after another: a step is one of one batch, as that of the bare passes beside it.
+    """
     published = job.recipe(recipe, []).synthesis
     assert not isinstance(published, MixedSynthesis)
     batch = job.batch or published.batch
     images = job.images or batch
-    changes = [f"synthesis.batch={min(batch, images)}", f"synthesis.images={images}"]
+    changes = [
+        f"synthesis.batch={min(batch, images)}",
+        f"synthesis.images={images}",
+        "synthesis.parallel=1",
+    ]
     return job.recipe(recipe, changes).synthesis
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.evaluation.preprocessing import Preprocessing
+from zsq.runtime.machine import usable_cores
 from zsq.teacher.teacher import ModelInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-_WORKERS = min(8, os.cpu_count() or 1)
+_WORKERS = min(8, usable_cores())
 _BATCHES_AHEAD = 2
 
 

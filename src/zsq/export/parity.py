@@ -7,7 +7,6 @@ that was written.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from zsq.errors import RunError
 from zsq.export.fusion import Fusion, read_fusion
 from zsq.export.onnx import INPUT
 from zsq.functional.losses import kl_divergence
+from zsq.runtime.machine import usable_cores
 
 _BATCH = 64
 #: Timing stops after this many seconds, at least `_LEAST` runs of each file.
@@ -143,13 +143,6 @@ def _cost(before: Tensor, after: Tensor) -> dict[str, float]:
         "student_agreement": 100 * float((after.argmax(1) == before.argmax(1)).double().mean()),
         "student_divergence": float(divergence),
     }
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def open_session(path: Path | str, threads: int, optimized: Path | None = None) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from zsq.runtime.machine import usable_cores, usable_memory
+
 NOT_INSTALLED = "not installed"
 
 CPU_FLAGS = (
@@ -42,7 +44,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(usable_memory() / 2**30, 1),
         "torch": _torch(),
         "onnx": version("onnx"),
         "onnxscript": version("onnxscript"),
@@ -72,7 +74,7 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, object]:
         "name": fields.get("model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in CPU_FLAGS if flag in present],
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
     }
 
 
@@ -85,21 +87,6 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
     lines = text.strip().split("\n\n")[0].splitlines()
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _usable_cores() -> int | None:
-    """Count the cores that this process may use (a container or taskset may allow fewer)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _memory_gib() -> float | None:
-    """Return the machine's memory in GiB, or None where the system does not tell."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _torch() -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import RunError, UsageError
+from zsq.runtime.machine import usable_memory
 from zsq.runtime.policy import Policy
 
 #: Tensors of a boundary's size that are alive at once: inputs of teacher and student, the target,
@@ -47,8 +48,8 @@ def parse_memory(given: str | int) -> int:
 
 
 def half_of_memory() -> int:
-    """Return half of this machine's memory in bytes: what caches may take unless told otherwise."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Return half of the memory in bytes that there is for this process: what caches may take unless told otherwise."""
+    return usable_memory() // 2
 
 
 def host_budget(policy: Policy) -> int:
@@ -80,12 +81,10 @@ class Shelf:
     Attributes:
         budget: bytes that all of them together may take in memory.
         folder: where files lie that hold the others; the system's temporary folder if None.
-        pinned: put them where a GPU can fetch them while it computes.
     """
 
     budget: int = field(default_factory=half_of_memory)
     folder: Path | None = None
-    pinned: bool = False
 
     def in_files(self, shape: Sequence[int]) -> bool:
         """Return whether a float32 tensor of this shape goes into a file."""
@@ -101,10 +100,10 @@ class Shelf:
             RunError: the disk is too full.
         """
         order = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
-        if self.in_files(shape):
-            flat = self._file(math.prod(shape))
-        else:
-            flat = torch.empty(math.prod(shape), pin_memory=self.pinned)
+        # not page-locked: PyTorch rounds such memory up to powers of two and keeps it, and batches go
+        # to a GPU through buffers of their own (`zsq.runtime.fetching`)
+        count = math.prod(shape)
+        flat = self._file(count) if self.in_files(shape) else torch.empty(count)
         tensor = flat.view(order)
         return tensor.permute(0, 3, 1, 2) if len(shape) == 4 else tensor
 
@@ -113,7 +112,12 @@ class Shelf:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".zsq-", suffix=".cache", dir=folder)
         try:
-            os.posix_fallocate(handle, 0, 4 * count)  # a full disk is found here, not in mid-run
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(
+                    handle, 0, 4 * count
+                )  # a full disk is found here, not in mid-run
+            else:
+                os.truncate(handle, 4 * count)
             return torch.from_file(name, shared=True, size=count, dtype=torch.float32)
         except OSError as error:
             raise RunError(

@@ -92,10 +92,7 @@ class _Tools:
 
 
 def _shelf(context: Context) -> Shelf:
-    policy = context.policy
-    return Shelf(
-        host_budget(policy), context.checkpoints.folder, pinned=policy.device.type == "cuda"
-    )
+    return Shelf(host_budget(context.policy), context.checkpoints.folder)
 
 
 def _importance(

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a machine this process may use: a container or ``taskset`` may allow less than there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process may use: the machine's, or what its container allows.
+
+    Args:
+        root: of the file system that Linux tells of containers in (``proc/self/cgroup``, ``sys/fs/cgroup``).
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_container_limits(root)])
+
+
+def _container_limits(root: Path) -> Iterator[int]:
+    """Yield every limit in bytes on a control group of this process, of either version of these."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for group in groups:
+        _, kinds, path = group.split(":", 2)
+        if kinds == "":
+            base, file = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in kinds.split(","):
+            base, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        place = base / path.lstrip("/")
+        # what limits a group limits those in it; a container may see its own as the outermost one
+        for folder in {base, place, *(p for p in place.parents if base in p.parents)}:
+            try:
+                text = (folder / file).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if text.isdigit():  # and not "max"
+                yield int(text)
