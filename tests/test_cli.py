@@ -195,6 +195,19 @@ def test_a_disk_that_takes_no_more_is_one_sentence(monkeypatch, capsys, number, 
     assert "--resume" in err
 
 
+def test_a_gpus_full_memory_is_one_sentence(monkeypatch, capsys):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+    monkeypatch.setattr(inspecting, "inspect_teacher", full)
+    code, out, err = zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "zsq: the GPU's memory is full: CUDA out of memory. Tried to allocate 2 GiB. Take "
+    )
+    assert len(err.splitlines()) == 1
+
+
 def test_a_run_that_ends_without_an_integer_file_says_so_at_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), "

@@ -11,6 +11,7 @@ from zsq import quantize
 from zsq.artifact.runfolder import RunFolder
 from zsq.config import load_recipe
 from zsq.errors import RunError
+from zsq.runtime.policy import Policy
 
 FEW = ["synthesis.images=4", "synthesis.batch=4", "synthesis.steps=1", "tuning.steps=0"]
 
@@ -47,7 +48,9 @@ def test_options_that_cannot_be_followed(made, monkeypatch, capsys, subject, opt
 
 
 def test_an_onnx_file_runs_on_the_cpu_alone(made, monkeypatch, capsys):
-    monkeypatch.setattr("zsq.judge.make_policy", lambda device: None)  # a machine that has a GPU
+    monkeypatch.setattr(
+        "zsq.judge.make_policy", lambda device: Policy()
+    )  # a machine that has a GPU
     code, _, err = zsq(
         monkeypatch, capsys, "evaluate", made / "run" / "model.onnx", "--data", made / "images",
         "--device", "cuda",

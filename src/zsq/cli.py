@@ -47,6 +47,10 @@ from zsq.options import (
 _INTERRUPTED = 130
 #: What a file system answers that is full, or may not be used.
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_SMALLER = (
+    "Take smaller batches (--set synthesis.batch=N, --set tuning.batch=N) or make them one after another "
+    "(--set synthesis.parallel=1), in another folder."
+)
 _KEPT = (
     "What was there before is untouched; free some space or change permissions, then run the command "
     "again (`quantize` with --resume)."
@@ -264,6 +268,11 @@ def main() -> None:
     except ZsqError as error:
         _tell(error)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which not every command imports
+            raise
+        _tell(RunError(f"the GPU's memory is full: {str(error).splitlines()[0][:150]} {_SMALLER}"))
+        sys.exit(RunError.exit_code)
     except OSError as error:
         if error.errno not in _REFUSED_WRITES:
             raise

@@ -19,7 +19,7 @@ from zsq.evaluation.folder import open_for
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
 from zsq.runtime.ambient import own_modes
-from zsq.runtime.policy import make_policy
+from zsq.runtime.policy import make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.teacher.teacher import ModelInfo, load_teacher
 
@@ -73,7 +73,7 @@ def evaluate(
         UsageError: unreadable subject or data, unknown normalisation or device, other classes than
             the network's, or an option that has no effect on the subject.
     """
-    make_policy(device)
+    place = make_policy(device).device
     given = {"input_shape": input_shape, "mean": mean, "std": std}
     path = Path(subject)
     _check_used(path, device, input_shape=input_shape, weights=weights, allow_pickle=allow_pickle)
@@ -98,7 +98,7 @@ def evaluate(
         ), data,
     )  # fmt: skip
     reporter = reporter or QuietReporter()
-    with reporter.task("evaluation", len(folder)) as task, torch.no_grad():
+    with reporter.task("evaluation", len(folder)) as task, torch.no_grad(), on_device(place):
         evaluation = evaluate_networks(
             networks, folder.batches(batch), classes=len(folder.classes),
             first={"simulation": simulated}, progress=_advancer(task),

@@ -26,7 +26,7 @@ from zsq.runtime.context import Context
 from zsq.runtime.files import check_destination
 from zsq.runtime.group import Group
 from zsq.runtime.metrics import HeldRecords
-from zsq.runtime.policy import Precision, make_policy
+from zsq.runtime.policy import Precision, make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.runtime.shelf import parse_memory
 from zsq.stages import Images, produce
@@ -135,21 +135,22 @@ def quantize(
     context = Context(
         seed, policy, (reporter if group.rank == 0 else None) or QuietReporter(), group=group
     )
-    if out is not None and not begun:
-        warn_of_floating(teacher, context.reporter)
-    identity = run_identity(teacher, resolved, seed, policy, images)
-    check_agreement(identity, group)
-    if out is None:
-        return produce(teacher, resolved, images, context)[0].to("cpu")
-    if group.rank:
-        checkpoints = SharedCheckpoints(None, group)
-        context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
-        return make_student(None, teacher, resolved, images, context)
-    folder = RunFolder.start(out, identity, resume=resume)
-    try:
-        return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
-    finally:
-        folder.release()
+    with on_device(policy.device):
+        if out is not None and not begun:
+            warn_of_floating(teacher, context.reporter)
+        identity = run_identity(teacher, resolved, seed, policy, images)
+        check_agreement(identity, group)
+        if out is None:
+            return produce(teacher, resolved, images, context)[0].to("cpu")
+        if group.rank:
+            checkpoints = SharedCheckpoints(None, group)
+            context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
+            return make_student(None, teacher, resolved, images, context)
+        folder = RunFolder.start(out, identity, resume=resume)
+        try:
+            return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
+        finally:
+            folder.release()
 
 
 @own_modes(alone=False)

@@ -167,8 +167,9 @@ def _current():
 
 
 class _Event:
-    def record(self):
-        """Does nothing: everything is done when it is asked for."""
+    def record(self, stream):
+        """Everything is done when it is asked for; only the stream has to be the GPU's."""
+        assert stream == DEVICE
 
     def synchronize(self):
         """Returns at once."""
@@ -185,7 +186,9 @@ def emulated_gpu(free=40 << 30):
         "init": lambda: None, "reset_peak_memory_stats": lambda device=None: None,
         "max_memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0, "memory_allocated": lambda device=None: 0,
-        "is_bf16_supported": lambda *_: False, "Event": _Event, "get_device_name": lambda _: "emulated",
+        "is_bf16_supported": lambda *_: False, "Event": _Event,
+        "current_stream": lambda device=None: torch.device(device),
+        "device": lambda device: contextlib.nullcontext(), "get_device_name": lambda _: "emulated",
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
         "set_rng_state_all": lambda states: None, "get_rng_state": lambda device=None: torch.zeros(16),
         "set_rng_state": lambda state, device=None: None, "manual_seed_all": lambda seed: None,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the caller told PyTorch to do everywhere does not reach what zsq computes."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -115,3 +117,45 @@ def test_what_needs_no_turn_does_not_wait(expected, tmp_path):
         zsq.load(tmp_path / "student.safetensors")
         read.set()
         assert holder.result()
+
+
+#: What a script may have said about float32 on a GPU, in the older and the newer words.
+PRECISIONS = {
+    "nothing": "pass",
+    "cuDNN with TF32": "b.cudnn.allow_tf32 = True",
+    "products with TF32": "b.cuda.matmul.allow_tf32 = True",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "convolutions, newer": "b.cudnn.conv.fp32_precision = 'ieee'",
+    "cuDNN, newer": "b.cudnn.fp32_precision = 'tf32'",
+    "everything, newer": "b.fp32_precision = 'tf32'",
+    "deterministic": "b.cudnn.deterministic = True",
+}
+IN_A_SCRIPT = """
+import torch
+from torch import nn
+from zsq.runtime.ambient import own_modes
+
+b = torch.backends
+def state():
+    try:
+        allowed = b.cudnn.allow_tf32
+    except RuntimeError:
+        allowed = "told by kind"
+    places = (b, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul)
+    return allowed, b.cudnn.deterministic, [place.fp32_precision for place in places]
+
+{said}
+before = state()
+with own_modes():
+    assert not b.cudnn.allow_tf32 and b.cudnn.deterministic
+    assert b.cudnn.conv.fp32_precision in ("none", "ieee")
+    torch.export.export(nn.Conv2d(3, 4, 3), (torch.zeros(2, 3, 8, 8),), strict=False)
+assert state() == before, (before, state())
+"""
+
+
+@pytest.mark.parametrize("said", PRECISIONS.values(), ids=PRECISIONS)
+def test_convolutions_on_a_gpu_are_exact_and_what_the_script_said_holds_again(said):
+    """These settings are there without a GPU too; they are the process's, so every script has one."""
+    script = IN_A_SCRIPT.format(said=said)
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)

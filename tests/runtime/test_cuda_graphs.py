@@ -19,8 +19,10 @@ from zsq.errors import UsageError
 from zsq.runtime.context import Context
 from zsq.runtime.policy import Compiled, Policy, make_policy
 from zsq.stages import produce
+from zsq.student import attach
 from zsq.teacher.teacher import load_teacher
 from zsq.tuning import compiling
+from zsq.tuning.objective import Objective
 
 
 class Replayed:
@@ -120,3 +122,14 @@ def test_graphs_need_a_gpu_and_a_compiler(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, asked)
     assert result.exit_code != 0
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("hast", False), ("intraq", True)])
+def test_a_gradient_that_two_passes_add_up_is_not_a_graphs(replays, name, graphs):
+    """A second graph writes over what the first one's backward pass left behind."""
+    torch.manual_seed(0)
+    teacher = load_teacher(with_own_statistics(Residual()), input_shape=(3, 8, 8))
+    recipe = load_recipe(name, bits="w4a4")
+    policy = Policy(torch.device("cpu"), compile=True, cuda_graphs=True)
+    objective = Objective(teacher, attach(teacher, recipe), recipe.tuning, Context(policy=policy))
+    assert objective._compiled.graphs == graphs

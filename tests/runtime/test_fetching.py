@@ -19,7 +19,8 @@ class Waits:
     def __init__(self):
         self.recorded = self.waited = 0
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "of cpu"
         self.recorded += 1
 
     def synchronize(self):
@@ -33,6 +34,8 @@ def test_rows_come_through_buffers_in_turn(shape, monkeypatch):
         source = source.contiguous(memory_format=torch.channels_last)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **more: empty(*a, **more))
+    # copies are of the stream of the device that computes, which need not be the current one
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     fetcher = Fetcher(source, 3, torch.device("cpu"))
     assert torch.equal(fetcher.fetch(torch.tensor([6, 0])), source[[6, 0]])
     fetcher.buffers = [fetching._pinned(source[:1], 3) for _ in range(2)]

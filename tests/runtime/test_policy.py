@@ -35,6 +35,33 @@ def test_a_failure_in_either_pass_is_noted_and_gone_on_from(monkeypatch, broken)
     assert len(notes) == 1
 
 
+@pytest.mark.timeout(300)
+def test_a_failure_of_the_version_with_gradients_is_gone_on_from_after_one_without(monkeypatch):
+    """Sliced losses are looked at without gradients first, and compiled anew for these."""
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=refuse)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **named: compile(f, backend=backend, **named))
+    notes = []
+    square = Compiled(lambda x: (x * x.cos()).sum(), enabled=True, note=notes.append)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with torch.no_grad():
+        assert float(square(x)) == pytest.approx(float((x * x.cos()).sum()))
+    square(x).backward()
+    assert torch.allclose(x.grad, x.detach().cos() - x.detach() * x.detach().sin())
+    assert len(notes) == 1
+
+
+def test_a_full_memory_is_no_failure_to_compile(monkeypatch):
+    def full(x):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **named: full)
+    notes = []
+    with pytest.raises(torch.OutOfMemoryError):
+        Compiled(torch.sin, enabled=True, note=notes.append)(torch.ones(1))
+    assert not notes
+
+
 class Elsewhere:
     """What is restored of an optimiser whose parameters are on another device."""
 

@@ -20,7 +20,7 @@ from zsq.bench.reconstruction import reconstruction_loop
 from zsq.bench.synthesis import genie_loop, pixel_loop
 from zsq.bench.turns import EnoughError, Times, Turns
 from zsq.errors import UsageError
-from zsq.runtime.policy import Precision, make_policy
+from zsq.runtime.policy import Precision, make_policy, on_device
 from zsq.runtime.seeds import seeded
 from zsq.teacher.teacher import load_teacher
 
@@ -127,7 +127,7 @@ def measure(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     )  # fmt: skip
     job = Job(teacher, policy, request.batch, request.images, note)
     memory = PeakMemory(policy.device)
-    with seeded(0, "bench", request.loop):
+    with seeded(0, "bench", request.loop), on_device(policy.device):
         found = [_figures(part, request, memory) for part in LOOPS[request.loop](job)]
     peaks = {dtype: matmul_peak(policy.device, dtype) for dtype in {f.dtype for f in found}}
     heaviest = max(found, key=lambda f: f.flops)

@@ -29,7 +29,7 @@ def matmul_peak(
 
     Args:
         device: where.
-        dtype: of the factors. float32 on a GPU uses TF32 where convolutions there may.
+        dtype: of the factors.
         repeats: the best of so many counts.
         side: rows and columns; by default as `SIDES` says.
 
@@ -37,15 +37,16 @@ def matmul_peak(
         Operations a second, two for each multiply-accumulate.
     """
     side = side or SIDES[device.type]
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
     try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        products.fp32_precision = "ieee"  # as convolutions are, see `zsq.runtime.ambient`
         return max(
             2.0 * count / _best(multiply, device, repeats)
             for count, multiply in _products(device, dtype, side)
         )
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        products.fp32_precision = before
 
 
 def _products(

@@ -22,6 +22,7 @@ from zsq.errors import UsageError
 from zsq.preparation import prepared_teacher, reconstruction_of
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.context import Context
+from zsq.runtime.policy import on_device
 from zsq.runtime.seeds import seeded
 from zsq.settings import Bits, Tuning
 from zsq.stages import Images, choose_images
@@ -104,7 +105,7 @@ def choose_bits(
         check_budget(wanted, facts, fixed, widths)
     pictures = _pictures(teacher, images, context)
     edges = None
-    with seeded(context.seed, "bits"):
+    with seeded(context.seed, "bits"), on_device(context.policy.device):
         prepared = prepared_teacher(teacher, resolved, pictures)
         network = prepared_network(prepared, resolved)
         if activations is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
+from typing import Any
 
 import torch
 
@@ -20,7 +21,9 @@ def own_modes(*, alone: bool = True) -> Iterator[None]:
 
     Scripts that quantize often also evaluate, under ``torch.no_grad()``, ``inference_mode()`` or
     ``autocast``, with another default type or device. Within this block, or a function that it
-    decorates, none of these holds; afterwards they do again. Threads take turns.
+    decorates, none of these holds; afterwards they do again. Threads take turns. On a GPU convolutions of
+    float32 are then computed in float32 (PyTorch's default there has ten bits of fraction, TF32: an
+    eighth of a code at 8 bits), and by algorithms that add up in the same order every time.
 
     Args:
         alone: wait while another thread is in such a block; False for what neither exports nor draws.
@@ -34,6 +37,7 @@ def own_modes(*, alone: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         if alone:
             stack.enter_context(_TURN)
+            stack.enter_context(_exact_convolutions())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -45,3 +49,33 @@ def own_modes(*, alone: bool = True) -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, kept)
         yield
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Have cuDNN compute float32 as float32, and the same way every time.
+
+    PyTorch has an older flag for all of cuDNN and newer ones by kind of operator. `torch.export` reads the
+    older one, which raises wherever the two contradict each other; so it is the one that is set.
+    """
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    places = (backends, cudnn, cudnn.conv, cudnn.rnn)
+    precisions, deterministic = [place.fp32_precision for place in places], cudnn.deterministic
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # told kind by kind
+        allowed = True
+    try:
+        cudnn.deterministic = True
+        for place in (backends, cudnn):  # of which the kinds take what is not said of themselves
+            if place.fp32_precision != "none":
+                place.fp32_precision = "none"
+        cudnn.allow_tf32 = False
+        yield
+    finally:
+        cudnn.allow_tf32 = allowed
+        for place, precision in zip(places, precisions, strict=True):
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
+        cudnn.deterministic = deterministic

@@ -65,7 +65,7 @@ class Fetcher:
         gathered = self.buffers[self.turn][: len(indices)]
         torch.index_select(self.source, 0, indices, out=gathered)
         fetched = gathered.to(self.device, non_blocking=True)
-        self.copied[self.turn].record()
+        self.copied[self.turn].record(torch.cuda.current_stream(self.device))
         return fetched
 
 

@@ -48,10 +48,10 @@ class Policy:
 
     def compiled(
         self, function: Callable[..., Any], *, enabled: bool, note: Callable[[str], None],
-        dynamic: bool = False,
+        dynamic: bool = False, graphs: bool = True,
     ) -> Compiled:  # fmt: skip
-        """Return a function compiled as this policy says; arguments are those of `Compiled`."""
-        graphs = self.cuda_graphs and not dynamic  # a graph is of one size
+        """Return a function compiled as this policy says, ``graphs`` permitting; arguments are those of `Compiled`."""
+        graphs = graphs and self.cuda_graphs and not dynamic  # a graph is of one size
         return Compiled(function, enabled=enabled, note=note, dynamic=dynamic, graphs=graphs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -106,6 +106,11 @@ def make_policy(
     return Policy(place, dtype, compile, memory, cuda_graphs)
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a GPU is the current one, so that nothing is allocated on another."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all it was given; a CPU always has."""
     if device.type == "cuda":
@@ -142,18 +147,21 @@ class Compiled:
         self.compiled: Callable[..., Any] | None = (
             torch.compile(function, dynamic=dynamic, mode=mode) if enabled else None
         )
-        self.proved = False
+        self.proved: set[bool] = set()
         self.note = note
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function."""
         if self.compiled is None:
             return self.function(*arguments)
+        gradients = torch.is_grad_enabled()  # with them it is compiled once more
         try:
-            with self._proving():
+            with contextlib.nullcontext() if gradients in self.proved else _proving():
                 result = self.compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            if self.proved:
+            if gradients in self.proved:
                 raise
             lines = str(error).strip().splitlines()
             self.note(
@@ -163,20 +171,18 @@ class Compiled:
             )
             self.compiled = None
             return self.function(*arguments)
-        self.proved = True
+        self.proved.add(gradients)
         return tree_map_only(Tensor, torch.clone, result) if self.graphs else result
 
-    @contextlib.contextmanager
-    def _proving(self) -> Iterator[None]:
-        """Let the first call compile all there is, quietly.
 
-        One method may be compiled for many objects; the default gives up, silently, after eight. The
-        backward pass is compiled with the forward pass, so that its failure is one of this call too.
-        """
-        if self.proved:
-            yield
-            return
-        eager = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-        with warnings.catch_warnings(), eager, torch._dynamo.config.patch(recompile_limit=256):
-            warnings.simplefilter("ignore")
-            yield
+@contextlib.contextmanager
+def _proving() -> Iterator[None]:
+    """Let a first call compile all there is, quietly.
+
+    One method may be compiled for many objects; the default gives up, silently, after eight. The
+    backward pass is compiled with the forward pass, so that its failure is one of this call too.
+    """
+    eager = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with warnings.catch_warnings(), eager, torch._dynamo.config.patch(recompile_limit=256):
+        warnings.simplefilter("ignore")
+        yield

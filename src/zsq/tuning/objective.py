@@ -107,7 +107,11 @@ class Objective:
         self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)
         # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
         worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
-        self._compiled = policy.compiled(self._terms, enabled=worth, note=context.reporter.note)
+        # two passes before a step add up one gradient, and a CUDA graph writes its own over the last one's
+        graphs = settings.promotion is None
+        self._compiled = policy.compiled(
+            self._terms, enabled=worth, note=context.reporter.note, graphs=graphs
+        )
 
     def lesson(self, batch: Batch, *, differentiable: bool = False) -> Lesson:
         """Ask the teacher about a batch, unless its source did and nothing else is needed.
