@@ -12,7 +12,13 @@ from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.synthesis import generators, search
 from zsq.synthesis.architecture import CROSSES, OPERATIONS, Cell, published_architectures
-from zsq.synthesis.search import SearchSettings, _Choice, _OpenCell, search_architecture
+from zsq.synthesis.search import (
+    SearchSettings,
+    _Choice,
+    _OpenCell,
+    sample_choices,
+    search_architecture,
+)
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.teacher import ModelInfo, Teacher
 
@@ -94,6 +100,7 @@ def mean_gradient(choice, loss, samples=300):
     torch.manual_seed(0)
     x, found = torch.ones(1), []
     for _ in range(samples):
+        sample_choices([choice])
         (slope,) = torch.autograd.grad(loss(choice(x, *ONE)[0]), choice.logits)
         found.append(slope)
     slopes = torch.stack(found)
@@ -129,11 +136,12 @@ def test_a_linear_loss_has_the_gradient_of_the_relaxed_sample():
 def both_ways(module, x, *rest):
     """Results of the same sample, with the sampled choices alone and with all of them."""
     found, seed = [], int(torch.randint(1000, ()))
+    choices = [module for module in module.modules() if isinstance(module, _Choice)]
     for comparing in (False, True):
-        for choice in module.modules():
-            if isinstance(choice, _Choice):
-                choice.comparing = comparing
+        for choice in choices:
+            choice.comparing = comparing
         torch.manual_seed(seed)
+        sample_choices(choices)
         found.append(module(x, *rest))
     return found
 

@@ -77,7 +77,12 @@ class _Choice(nn.Module):
 
     Attributes:
         comparing: compute all choices, for the logits' gradient; otherwise the sampled one alone.
+        sample: shares of the choices in the next pass, one of them 1; from `sample_choices`, as is
+        chosen: the choice with it.
     """
+
+    sample: Tensor
+    chosen: str
 
     def __init__(self, choices: Sequence[str], *, up: bool, classes: int, channels: int) -> None:
         super().__init__()
@@ -95,8 +100,7 @@ class _Choice(nn.Module):
 
         The result of "none" is None, or while comparing, zeros that carry the logits' gradient.
         """
-        sample = gumbel_softmax(self.logits, self.temperature, hard=True)
-        chosen = self.choices[int(sample.argmax())]
+        chosen = self.chosen
         real = chosen != "0"
         if not self.comparing:
             return self.edges[chosen](x, classes, weights) if real else None, real
@@ -107,13 +111,22 @@ class _Choice(nn.Module):
             # the others count as constants: times a share of 0, no gradient passes through them
             with nullcontext() if choice == chosen else torch.no_grad():
                 result = self.edges[choice](x, classes, weights)
-            parts.append(sample[i] * result)
+            parts.append(self.sample[i] * result)
         return torch.stack(parts).sum(0), real
 
     def best(self, but: str = "") -> str:
         """Return the likeliest choice, other than ``but``."""
         order: list[int] = self.logits.argsort(descending=True).tolist()
         return next(self.choices[i] for i in order if self.choices[i] != but)
+
+
+def sample_choices(choices: Sequence[_Choice]) -> None:
+    """Draw what open edges do in the next pass; the host waits for all draws together, once."""
+    for choice in choices:
+        choice.sample = gumbel_softmax(choice.logits, choice.temperature, hard=True)
+    drawn: list[int] = torch.stack([choice.sample.argmax() for choice in choices]).tolist()
+    for choice, index in zip(choices, drawn, strict=True):
+        choice.chosen = choice.choices[index]
 
 
 class _OpenCell(nn.Module):
@@ -258,8 +271,10 @@ class _Search:
         return loss
 
     def _descend(self, rule: torch.optim.Optimizer, *, comparing: bool = False) -> Tensor:
-        for choice in self.network.choices():
+        choices = self.network.choices()
+        for choice in choices:
             choice.comparing = comparing
+        sample_choices(choices)
         labels = plain_labels(self.settings.batch, self.classes, self.context.policy.device)
         noise, soft = self.network.draw_noise(labels), labels.soft(self.classes)
         loss = self.objective(noise, labels.classes, labels.weights, soft)[0]
