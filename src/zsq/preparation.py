@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from zsq.config import Finetuning, GeneratorSynthesis, Recipe, Reconstruction
+from zsq.errors import RunError
 from zsq.functional.affine import Grid
 from zsq.quantizers.protocol import place
 from zsq.runtime.context import Context
@@ -11,6 +15,10 @@ from zsq.synthesis.images import ImageSet
 from zsq.teacher.equalize import equalized, rescale
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.equalizing import learn_equalization
+
+#: Images that a prepared network is compared with its teacher on, and how far apart logits may be, relative
+#: to the largest: rounding errors of float32 are a hundred times smaller even in deep networks.
+CHECKED, TOLERANCE = 8, 1e-2
 
 
 def prepared_teacher(
@@ -46,12 +54,28 @@ def prepared(
         return teacher, {}
     sample = None if learns else images.images[: recipe.tuning.calibration_images]
     ready = equalized(teacher, sample, recipe.equalize, fold=fold)
+    _check_same(teacher, ready, images.images[:CHECKED])
     if not steps or context is None or tuning is None:
         return ready, {}
     placement = place(ready.network, recipe.protocol, recipe.bits, recipe.overrides)
     learned = learn_equalization(ready.network, placement, images.images, steps, tuning, context)
     rescale(ready.network, learned.factors)
+    _check_same(teacher, ready, images.images[:CHECKED])
     return ready, learned.grids
+
+
+@torch.no_grad()
+def _check_same(teacher: Teacher, ready: Teacher, images: Tensor) -> None:
+    """Refuse a prepared network that computes something else: all that follows is compared with it alone."""
+    wanted, found = teacher(images), ready(images)
+    apart, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if not apart <= TOLERANCE * size:
+        raise RunError(
+            f"folding batch norms and equalizing channels changed the network: its logits on {len(images)} images "
+            f"are up to {apart:.3g} off, the largest is {size:.3g}. Leave both out with --set equalize=0 --set "
+            "fold_batch_norm=false (and --set tuning.equalize_steps=0, where the recipe has it), and report the "
+            "network, please."
+        )
 
 
 def reconstruction_of(recipe: Recipe) -> Reconstruction | None:

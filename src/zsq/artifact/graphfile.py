@@ -32,6 +32,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "args": [_encode(a) for a in node.args],
         "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
         "path": node.meta.get("path", ""), "scalar": bool(node.meta.get("scalar", False)),
+        "shape": list(node.meta["shape"]) if "shape" in node.meta else None,
     }  # fmt: skip
 
 
@@ -115,6 +116,11 @@ def _node_from_json(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node])
         raise UsageError(f"the saved network's graph holds an unknown kind of node {op!r}.")
     node = graph.create_node(op, target, args, kwargs, name=entry["name"])
     node.meta["path"], node.meta["scalar"] = entry["path"], entry["scalar"]
+    shape = entry.get("shape")  # versions before wrote none
+    if shape is not None:
+        if not all(isinstance(size, int | str) for size in shape):
+            raise ValueError(f"the shape {shape!r} of {entry['name']}")
+        node.meta["shape"] = tuple(shape)
     return node
 
 

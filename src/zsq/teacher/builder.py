@@ -260,6 +260,9 @@ class NetworkBuilder:
         value = node.meta.get("val")
         scalar = not isinstance(value, (Tensor, list, tuple))
         created.meta.update(path=path, scalar=scalar, sizes=symbolic_sizes(value))
+        if isinstance(value, Tensor):
+            sizes = [str(size) for size in value.shape]
+            created.meta["shape"] = tuple(int(s) if s.isdigit() else s for s in sizes)
         if scalar:
             created.meta["expression"] = str(value)
         return created

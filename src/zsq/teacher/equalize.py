@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from zsq.teacher.channels import channel_axes, input_axis
 from zsq.teacher.fold import calls, fold_batch_norms, module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
 from zsq.teacher.moments import WITHIN_CHANNELS, channel_squares
@@ -39,12 +40,14 @@ class Stream:
         writers: nodes of the layers and batch norms whose output channels carry them.
         readers: nodes of the layers whose input channels undo them.
         tensors: the nodes whose ranges count.
+        axes: of each writer and tensor, by node: the axis that its channels are on.
         fixed: something else reads or writes the channels, so they stay as they are.
     """
 
     writers: list[Node] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
     tensors: list[Node] = field(default_factory=list)
+    axes: dict[Node, int] = field(default_factory=dict)
     fixed: bool = False
 
     def channels(self, network: GraphModule) -> int:
@@ -67,27 +70,33 @@ def find_streams(network: GraphModule) -> list[Stream]:
             for source in tensor_inputs(node):
                 leader[find(source)] = find(node)
     streams = {find(node): Stream() for node in tensors}
+    axes = channel_axes(network)
     for node in tensors:
         sources = [streams[find(source)] for source in tensor_inputs(node)]
-        _take_part(network, node, streams[find(node)], sources)
+        _take_part(network, node, streams[find(node)], sources, axes)
     return [s for s in streams.values() if not s.fixed and _consistent(network, s)]
 
 
-def _take_part(network: GraphModule, node: Node, own: Stream, sources: list[Stream]) -> None:
+def _take_part(
+    network: GraphModule, node: Node, own: Stream, sources: list[Stream], axes: Mapping[Node, int]
+) -> None:
     """Note what a node does to its own stream and to those it reads."""
     module = module_of(network, node)
+    if node in axes:
+        own.axes[node] = axes[node]
     if isinstance(module, (Layer, BatchNorm)):
         own.writers.append(node)
         once = len(calls(network)[str(node.target)]) == 1
         own.fixed |= not once
         if isinstance(module, Layer):
+            source = tensor_inputs(node)[0]
             sources[0].readers.append(node)
-            sources[0].fixed |= not once
+            sources[0].fixed |= not once or axes.get(source) != input_axis(module, source)
         else:
             sources[0].fixed = True  # its statistics stay those of the training data
     elif operator_name(node.target) in HOMOGENEOUS:
         own.tensors.append(node)
-        own.fixed |= _adds_a_constant(node)
+        own.fixed |= _adds_a_constant(node) or node not in axes
     else:
         for stream in (own, *sources):
             stream.fixed = True
@@ -124,17 +133,17 @@ def _input_channels(layer: Layer) -> int:
 
 
 class _Ranges(Interpreter):
-    """Runs a network and keeps each channel's mean square of the tensors named."""
+    """Runs a network and keeps each channel's mean square of some tensors, whose channels are on the axes given."""
 
-    def __init__(self, network: GraphModule, wanted: set[Node]) -> None:
+    def __init__(self, network: GraphModule, axes: Mapping[Node, int]) -> None:
         super().__init__(network)
-        self.wanted = wanted
+        self.axes = axes
         self.squares: dict[Node, Tensor] = {}
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)
-        if n in self.wanted:
-            dims = [d for d in range(result.ndim) if d != 1]
+        if n in self.axes:
+            dims = [d for d in range(result.ndim) if d != self.axes[n]]
             self.squares[n] = self.squares.get(n, 0) + result.square().mean(dims)
         return result
 
@@ -173,7 +182,8 @@ def equalized(
 @torch.no_grad()
 def measured_squares(network: GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Return each channel's mean square on images, (C,) by node, for the tensors of streams."""
-    ranges = _Ranges(network, {n for stream in find_streams(network) for n in stream.tensors})
+    streams = find_streams(network)
+    ranges = _Ranges(network, {n: stream.axes[n] for stream in streams for n in stream.tensors})
     for part in torch.split(images, 64):
         ranges.run(part)
     return {node.name: square for node, square in ranges.squares.items()}

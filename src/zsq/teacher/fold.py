@@ -49,7 +49,8 @@ def find_pairs(network: GraphModule) -> list[Pair]:
     """Find the batch norms that can be folded.
 
     A batch norm folds into the layer before it when the layer has no other reader and is called
-    once: definition order is no guide (it gives wrong pairs in one network of four).
+    once: definition order is no guide (it gives wrong pairs in one network of four). A linear layer on
+    tokens or maps has its channels on the last axis, the batch norm after it on the second; they stay apart.
 
     Args:
         network: from `zsq.teacher.graph.build_network`.
@@ -63,8 +64,10 @@ def find_pairs(network: GraphModule) -> list[Pair]:
         if not isinstance(module_of(network, node), BatchNorm) or count[str(node.target)] != 1:
             continue
         source = node.args[0]
+        layer = module_of(network, source)
         if (
-            isinstance(module_of(network, source), Layer)
+            isinstance(layer, Layer)
+            and not (layer.is_linear and len(source.meta.get("shape", "NC")) > 2)
             and len(source.users) == 1
             and count[str(source.target)] == 1
         ):

@@ -80,16 +80,22 @@ class RescaledQuantizer(nn.Module):
     Args:
         quantizer: of the tensor as it would then be.
         logarithms: of the factors, (C,); shared by the tensors of a stream.
+        axis: of the tensor that the channels are on.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer, logarithms: nn.Parameter) -> None:
+    def __init__(
+        self, quantizer: ActivationQuantizer, logarithms: nn.Parameter, axis: int = 1
+    ) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.logarithms = logarithms
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``, (N, C, ...), with steps that differ between channels by their factors."""
-        factor = self.logarithms.exp().view(1, -1, *[1] * (x.ndim - 2))
+        """Return ``x`` with steps that differ between channels by their factors."""
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        factor = self.logarithms.exp().view(shape)
         return self.quantizer(x.float() / factor) * factor  # type: ignore[no-any-return]
 
 
@@ -163,14 +169,14 @@ def _share_logarithms(student: GraphModule, network: GraphModule) -> dict[str, n
     assert isinstance(holders, nn.Module)
     for stream in find_streams(network):
         carriers = (*stream.writers, *stream.tensors)  # protocol `integer` quantizes both
-        names = [node.name for node in carriers if node.name in holders._modules]
-        if not names:
+        axes = {n.name: stream.axes[n] for n in carriers if n.name in holders._modules}
+        if not axes:
             continue
-        device = _quantizer(student, names[0]).raw_scale.device
+        device = _quantizer(student, next(iter(axes))).raw_scale.device
         logarithms = nn.Parameter(torch.zeros(stream.channels(network), device=device))
         found[stream.tensors[0].name] = logarithms
-        for name in names:
-            holders.add_module(name, RescaledQuantizer(_quantizer(student, name), logarithms))
+        for name, axis in axes.items():
+            holders.add_module(name, RescaledQuantizer(_quantizer(student, name), logarithms, axis))
     return found
 
 
