@@ -17,6 +17,7 @@ from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import BitsPlan, read_plan
 from zsq.config import LARGE_SIDE, Recipe, load_recipe
+from zsq.errors import UsageError
 from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
 from zsq.running import carry_out, export_run, make_student
@@ -196,11 +197,14 @@ def export(
         Agreement, fused layers, size and time.
 
     Raises:
-        UsageError: unknown target, no finished run, or a place where no file can be written.
+        UsageError: unknown target, no finished run, a name that does not end in ``.onnx``, or a place where
+            no file can be written.
         RunError: layers did not fuse, or the file could not be written.
     """
     folder = RunFolder.open(run)
     destination = Path(path) if path is not None else folder.file("model.onnx")
+    if destination.suffix != ".onnx":  # it could be another file of the run
+        raise UsageError(f"cannot write {destination}: give the file a name that ends in .onnx.")
     check_destination(destination)
     report = export_run(folder, target, destination, allow_partial, reporter)
     folder.save()

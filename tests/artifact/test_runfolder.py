@@ -100,3 +100,19 @@ def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     for resume in (False, True):
         assert RunFolder.start(tmp_path, IDENTITY, resume=resume).lock is None
+
+
+def test_a_run_that_is_being_made_is_said_to_be(tmp_path):
+    RunFolder.start(tmp_path, IDENTITY, resume=False)
+    with pytest.raises(UsageError, match="another process is working on"):
+        RunFolder.start(tmp_path, IDENTITY, resume=False)
+
+
+def test_another_spelling_of_the_same_network_is_the_same_run(tmp_path):
+    one = IDENTITY | {"model": "net.py:f", "network": "0123"}
+    RunFolder.start(tmp_path, one, resume=False).release()
+    RunFolder.start(tmp_path, one | {"model": "./net.py:f"}, resume=True).release()
+    with pytest.raises(UsageError, match="another run"):
+        RunFolder.start(tmp_path, one | {"network": "4567"}, resume=True)
+    with pytest.raises(UsageError, match="this run already"):  # and nothing is left locked
+        RunFolder.start(tmp_path, one, resume=False)

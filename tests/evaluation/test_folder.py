@@ -199,3 +199,15 @@ def test_subset_larger_than_the_folder(pictures, count):
 def test_no_class_is_preferred_when_the_count_does_not_divide(pictures):
     folder = open_folder(pictures[0], **RGB)
     assert {int(load_images(folder, 1, seed)[1]) for seed in range(20)} == {0, 1, 2}
+
+
+def test_links_that_lead_back_are_not_followed(pictures):
+    """Others are: a class folder may be a link, and hold some."""
+    root, _ = pictures
+    before = open_folder(root, **RGB).files
+    (root / "cat" / "root").symlink_to(root)
+    (root / "cat" / "self").symlink_to(root / "cat")
+    assert open_folder(root, **RGB).files == before
+    (root / "cat" / "more").symlink_to(root / "dog")
+    (root / "hound").symlink_to(root / "dog")
+    assert len(open_folder(root, **RGB)) == len(before) + 4

@@ -107,7 +107,10 @@ def load_shared_student(path: Path, group: Group) -> Student:
 
 def fingerprint(network: GraphModule) -> str:
     """Return a hash of a network's graph and weights, equal for equal networks."""
-    digest = hashlib.sha256(json.dumps(graph_to_json(network.graph), sort_keys=True).encode())
+    graph = graph_to_json(network.graph)
+    for node in graph:  # what follows from the rest, and files of versions before do not have
+        del node["shape"]
+    digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

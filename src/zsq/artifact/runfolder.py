@@ -72,9 +72,14 @@ class RunFolder:
         path = Path(path)
         if (path / "run.json").exists():
             folder = cls.open(path)
-            folder._check_same(identity, resume)
-            folder.lock = lock_folder(path)
-            folder.record = cls.open(path).record  # as the last process to hold it left it
+            lock = lock_folder(path)  # of a run that is being made this is what to say
+            try:
+                folder.record = cls.open(path).record  # as the last process to hold it left it
+                folder._check_same(identity, resume)
+            except UsageError:
+                unlock_folder(lock)
+                raise
+            folder.lock = lock
             for place in (path, folder.file("checkpoints")):
                 remove_leftovers(place)
             return folder
@@ -137,7 +142,10 @@ class RunFolder:
         return cls(path, record)
 
     def _check_same(self, identity: dict[str, Any], resume: bool) -> None:
-        different = differences(self.record.get("identity") or {}, identity)
+        before = dict(self.record.get("identity") or {})
+        if "network" in before:  # which says more than how someone spelled where it is from
+            before["model"] = identity.get("model")
+        different = differences(before, identity)
         if different:
             raise UsageError(
                 f"{self.path} holds another run: {'; '.join(different[:3])}. Choose another folder with -o, "

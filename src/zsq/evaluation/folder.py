@@ -147,13 +147,21 @@ def load_images(folder: ImageFolder, count: int, seed: int) -> tuple[Tensor, Ten
 def _images_below(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _leads_back(parent, name)
+        )
         found += [
             Path(parent, name)
             for name in sorted(names)
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return found
+
+
+def _leads_back(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in, whose images would be counted again and again."""
+    there = Path(parent, name).resolve()
+    return there in (here := Path(parent).resolve()).parents or there == here
 
 
 def _balanced(labels: Sequence[int], count: int, rng: random.Random) -> list[int]:

@@ -70,6 +70,10 @@ def export_student(
     return report, integer
 
 
+#: What `zsq quantize` says too, which has no such option.
+_ALL_THE_SAME = "`zsq export RUN --allow-partial` (allow_partial=True) writes it all the same"
+
+
 def _refuse(report: ExportReport, allow_partial: bool) -> None:
     """Raise where a file is not what was asked for; the file is then not kept."""
     if allow_partial:
@@ -80,8 +84,7 @@ def _refuse(report: ExportReport, allow_partial: bool) -> None:
     if differing > max(1, report.images * (1 - LEAST_AGREEMENT / 100)):
         raise RunError(
             f"the file names another class than its simulation for {differing} of {report.images} "
-            f"images; at least {LEAST_AGREEMENT} % should agree. Pass allow_partial=True "
-            "(--allow-partial) to keep the file, and report the network."
+            f"images; at least {LEAST_AGREEMENT} % should agree. {_ALL_THE_SAME}; report the network, please."
         )
 
 
@@ -91,5 +94,5 @@ def _partial(report: ExportReport) -> str:
     left = report.convs - report.fused + report.matmuls - report.fused_matmuls
     return (
         f"{left} of {report.convs + report.matmuls} layers would run in float: {names}{more}. "
-        "Pass allow_partial=True (--allow-partial) to accept a slower file."
+        f"{_ALL_THE_SAME}, slower."
     )

@@ -4,8 +4,8 @@
 * Averages over the whole map become global average pools.
 * The batch size is read off the network's input, or left to -1, never off an inner tensor: one
   reader too many keeps a runtime from fusing a layer with its quantizers.
-* A 1x1 convolution of a 1x1 map that ends in the logits becomes a linear layer: runtimes compute
-  float results from integers for matrix products, but not for convolutions.
+* A convolution over the whole map (1x1 of a 1x1 map, say) that ends in the logits becomes a linear layer:
+  runtimes compute float results from integers for matrix products, but not for convolutions.
 """
 
 from __future__ import annotations
@@ -191,10 +191,11 @@ def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
     weight, path = layer.frozen, str(node.target)
     if weight.integers.ndim == 2:  # linear already
         return
-    single = set(facts.shapes[source.name][2:]) == set(weight.integers.shape[2:]) == {1}
-    same_inputs = facts.shapes[source.name][1] == weight.integers.shape[1]  # one group
-    padded = set(facts.shapes[node.name][2:]) != {1}
-    if not single or not same_inputs or padded or len(calls(network)[path]) > 1:
+    whole = facts.shapes[source.name][1:] == tuple(
+        weight.integers.shape[1:]
+    )  # map and kernel; one group
+    single = set(facts.shapes[node.name][2:]) == {1}
+    if not (whole and single) or _is_padded(layer) or len(calls(network)[path]) > 1:
         return
     flat_weight = FrozenWeight(
         weight.integers.flatten(1), weight.scale, weight.zero_point, weight.bits
@@ -207,3 +208,10 @@ def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
         restored = network.graph.call_function(torch.ops.aten.reshape.default, (node, shape))
     for reader in readers:
         reader.replace_input_with(node, restored)
+
+
+def _is_padded(layer: QuantizedLayer) -> bool:
+    padding = layer.arguments[1] if len(layer.arguments) > 1 else 0
+    if isinstance(padding, str):
+        return padding != "valid" and set(layer.frozen.integers.shape[2:]) != {1}
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)

@@ -115,5 +115,5 @@ def image_loss(images: Tensor) -> Tensor:
     count = flat.shape[2]
     mean = flat.mean(2)
     variance = ((flat * flat).mean(2) - mean * mean).clamp(min=SMALLEST_VARIANCE)
-    std = torch.sqrt(variance * (count / (count - 1)))
+    std = torch.sqrt(variance * (count / (count - 1) if count > 1 else 1))
     return (mean**2 + (std - 1.0) ** 2).sum(1).mean()

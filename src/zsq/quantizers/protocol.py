@@ -61,9 +61,21 @@ class Placement:
 
 def origin(node: Node) -> Node:
     """Follow value-preserving operators back to the node that computed the values."""
-    while operator_name(node.target) in COMMUTING and tensor_inputs(node):
+    while commutes(node) and tensor_inputs(node):
         node = tensor_inputs(node)[0]
     return node
+
+
+def commutes(node: Node) -> bool:
+    """Whether a node only moves or selects values of what it reads; one result of several, as of an LSTM, is new."""
+    name = operator_name(node.target)
+    if name == "operator.getitem":
+        return operator_name(tensor_inputs(node)[0].target) in _TUPLES
+    return name in COMMUTING
+
+
+def _is_tuple(node: Node) -> bool:
+    return any(operator_name(user.target) == "operator.getitem" for user in node.users)
 
 
 def layer_nodes(network: GraphModule) -> list[Node]:
@@ -124,11 +136,10 @@ def _every_edge(
     for node in network.graph.nodes:
         if node.op in {"output", "get_attr"} or node.meta.get("scalar") or origin(node) is logits:
             continue
-        name = operator_name(node.target)
-        if name in COMMUTING:
-            if name not in _TUPLES:
+        if commutes(node):
+            if operator_name(node.target) not in _TUPLES:
                 shared[node] = origin(node)
-        elif not _only_feeds_clamp(node):
+        elif not (_is_tuple(node) or _only_feeds_clamp(node)):
             activations[node] = inner.get(node, 8)
     return activations, shared
 

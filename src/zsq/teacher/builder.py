@@ -261,7 +261,7 @@ class NetworkBuilder:
         scalar = not isinstance(value, (Tensor, list, tuple))
         created.meta.update(path=path, scalar=scalar, sizes=symbolic_sizes(value))
         if isinstance(value, Tensor):
-            sizes = [str(size) for size in value.shape]
+            sizes = [re.sub(r"\bs\d+\b", "N", str(size)) for size in value.shape]
             created.meta["shape"] = tuple(int(s) if s.isdigit() else s for s in sizes)
         if scalar:
             created.meta["expression"] = str(value)

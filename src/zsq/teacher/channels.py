@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
 
-#: Sizes; those that depend on the batch size are expressions.
+#: Sizes; those that depend on the batch size N are expressions.
 Shape = tuple[int | str, ...]
 _RESHAPES = frozenset({
     "aten.flatten.using_ints", "aten.reshape.default", "aten.view.default",

@@ -6,6 +6,7 @@ rebuilt (`zsq.teacher.builder`) as a `torch.fx.GraphModule` in which
 
 * every convolution and linear layer is a `Layer` at the user's own module path,
 * every batch norm with stored statistics is a `BatchNorm`,
+* attention and `einsum` are written out as matrix products (`zsq.teacher.decompose`),
 * everything else is an out-of-place ATen call,
 * whatever depends on parameters only (weight standardisation, say) is computed once.
 
@@ -28,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from zsq.errors import UsageError
 from zsq.teacher.batchsize import localise_batch_size
 from zsq.teacher.builder import NetworkBuilder, several_inputs
+from zsq.teacher.decompose import needs_writing_out, written_out
 from zsq.teacher.devices import follow_input
 from zsq.teacher.layers import is_inplace, is_view
 
@@ -122,9 +124,10 @@ def build_network(program: torch.export.ExportedProgram) -> GraphModule:
     Raises:
         UsageError: several inputs or outputs, or operators outside the standard set.
     """
-    if _needs_functionalization(program.graph):
+    products = needs_writing_out(program.graph)
+    if products or _needs_functionalization(program.graph):
         with _silence():
-            program = program.run_decompositions({})
+            program = program.run_decompositions(written_out() if products else {})
     network = NetworkBuilder(program).build()
     network.graph.eliminate_dead_code()
     follow_input(network.graph)

@@ -99,7 +99,10 @@ def resolve_operator(name: str) -> Callable[..., Any]:
         )
     first = overload._schema.arguments[0] if overload._schema.arguments else None
     if first is not None and str(first.type) in {"str", "Device", "Any"}:
-        raise UsageError(f"the operator {name!r} is not tensor arithmetic and is refused.")
+        raise UsageError(
+            f"the operator {name!r} takes something else than tensors and numbers first and is refused; rewrite "
+            "that part of the network with standard tensor functions."
+        )
     return overload
 
 
