@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from zsq.teacher.decompose import attention
+from zsq.teacher.inspect import floating_layers
 from zsq.teacher.teacher import load_teacher
 
 MASK = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -54,3 +55,28 @@ def test_a_network_of_both_is_the_same_for_any_batch():
     for batch in (1, 3, 6):
         x = torch.randn(batch, 3, 8, 8)
         assert torch.allclose(teacher(x), net(x), atol=1e-6)
+
+
+class Weighted(nn.Module):
+    """A product with a parameter that is no layer's, directly or by einsum."""
+
+    def __init__(self, by_einsum):
+        super().__init__()
+        self.stem, self.weight, self.fc = (
+            nn.Conv2d(3, 8, 3),
+            nn.Parameter(torch.randn(8, 8)),
+            nn.Linear(8, 5),
+        )
+        self.by_einsum = by_einsum
+
+    def forward(self, x):
+        y = self.stem(x).relu().flatten(2).transpose(1, 2)
+        y = torch.einsum("btc,cd->btd", y, self.weight) if self.by_einsum else y @ self.weight
+        return self.fc(y.mean(1))
+
+
+@pytest.mark.parametrize("by_einsum", [False, True])
+def test_products_with_stored_tensors_are_listed_before_a_run(by_einsum):
+    found = floating_layers(load_teacher(Weighted(by_einsum).eval(), input_shape=(3, 8, 8)).network)
+    assert len(found) == 1
+    assert floating_layers(load_teacher(Mixed().eval(), input_shape=(3, 8, 8)).network) == ()

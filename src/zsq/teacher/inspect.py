@@ -24,6 +24,7 @@ from zsq.teacher.units import find_units
 
 #: How the names of convolutions begin; those that are quantized are modules, not functions.
 _CONVOLUTIONS = ("aten.conv", "aten._conv")
+_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default", "aten.bmm.default"})
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,19 @@ def count_constants(network: GraphModule) -> int:
 
 
 def floating_layers(network: GraphModule) -> tuple[str, ...]:
-    """Return the convolutions that no protocol quantizes, as ``name (operator)``.
+    """Return the convolutions and products that no protocol quantizes, as ``name (operator)``.
 
-    Transposed ones, and those whose weights are computed from the input. They stay float, and an
-    integer file of the network is refused.
+    Transposed convolutions, those whose weights are computed from the input, and matrix products with a
+    stored tensor that is no linear layer's. They stay float, and an integer file of the network is refused.
     """
     found = []
+    stored: set[Node] = set()  # tensors made of nothing but what the network holds
     for node in network.graph.nodes:
-        name = operator_name(node.target)
-        if node.op == "call_function" and name.startswith(_CONVOLUTIONS):
+        name, sources = operator_name(node.target), node.all_input_nodes
+        if node.op == "get_attr" or (sources and stored.issuperset(sources)):
+            stored.add(node)
+        product = name in _PRODUCTS and not stored.isdisjoint(sources)
+        if node.op == "call_function" and (product or name.startswith(_CONVOLUTIONS)):
             found.append(f"{node.name} ({name.split('.')[1]})")
     return tuple(found)
 
