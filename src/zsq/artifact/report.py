@@ -144,7 +144,7 @@ def how_to_use(run: RunFacts) -> str:
     """Say how the result is loaded and deployed."""
     shape = "the network's input shape"
     return (
-        "# deploy: any ONNX Runtime from 1.20 on, no zsq needed\n"
+        "# deploy: any ONNX Runtime from 1.27 on, no zsq needed\n"
         "import onnxruntime\n"
         f'session = onnxruntime.InferenceSession("{run.name}/model.onnx")\n'
         f"logits = session.run(None, {{session.get_inputs()[0].name: x}})[0]  # x: float32, {shape}\n\n"
