@@ -32,7 +32,6 @@ class PrecisionChoice(enum.StrEnum):
 Model = Annotated[str, typer.Argument(help=(
     "pytorchcv:NAME, torchvision:NAME, timm:NAME, zsq:NAME, path/to/file.py:function or a .pt2 file."
 ))]  # fmt: skip
-Numbers = Annotated[str | None, typer.Option(help="Comma-separated numbers, e.g. 0.5,0.5,0.5.")]
 InputShape = Annotated[
     str | None, typer.Option("--input-shape", help="One image: channels,height,width.")
 ]

@@ -30,8 +30,9 @@ from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.runtime.shelf import parse_memory
-from zsq.stages import Images, produce
+from zsq.stages import produce
 from zsq.student import Student
+from zsq.synthesis.images import Images
 from zsq.teacher.teacher import load_teacher, shape_of
 
 

@@ -32,8 +32,8 @@ def prepared_teacher(
             batch norms alone, and keeps them, as the generator learns from them; `attach` folds. If its
             student begins with a reconstruction there are images, and what they teach is added.
         images: give the channels' sizes for the others.
-        context: where what is learned is kept, and how it is computed; None learns nothing, which for
-            weights alone makes little difference.
+        context: where what is learned is kept, and how it is computed; None learns nothing, which makes
+            little difference to which layers and tensors are sensitive.
     """
     return prepared(teacher, recipe, images, context)[0]
 

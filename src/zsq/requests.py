@@ -12,10 +12,9 @@ from zsq.evaluation.folder import ImageFolder, open_for
 from zsq.quantizers.protocol import check_overrides, place
 from zsq.runtime.group import Group
 from zsq.runtime.progress import Reporter
-from zsq.stages import Images
 from zsq.student import prepared_network
 from zsq.synthesis.centers import pooled_width
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.images import Images, ImageSet
 from zsq.synthesis.objective import count_classes
 from zsq.teacher.inspect import floating_layers
 from zsq.teacher.taps import tap_batch_norms

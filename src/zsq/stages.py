@@ -30,7 +30,7 @@ from zsq.settings import OneSynthesis
 from zsq.student import Student, attach, calibrate_student
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
-from zsq.synthesis.images import ImageSet, predict
+from zsq.synthesis.images import Images, ImageSet, predict
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.objective import count_classes
 from zsq.synthesis.pixels import synthesize_pixels
@@ -39,8 +39,6 @@ from zsq.teacher.teacher import Teacher
 from zsq.tuning.finetune import finetune
 from zsq.tuning.reconstruct import reconstruct
 from zsq.tuning.starting import begin_with_reconstruction
-
-Images = ImageSet | Tensor | str | Path | None
 
 
 @own_modes()

@@ -56,7 +56,7 @@ class StudentLosses:
         self.labels = images.labels.to(policy.device)
         self.temperature = temperature
         with torch.no_grad():
-            network = policy.place(teacher.network)
+            network = policy.placed_copy(teacher.network)
             self.wanted = torch.cat([network(part) for part in torch.split(self.images, PASS)])
 
     def __call__(self) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
 from zsq.runtime.group import Group
-from zsq.stages import Images
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.images import Images, ImageSet
 
 #: Where images of other runs are: one place, or several, whose images are put together.
 Places = str | Path | Sequence[str | Path] | None

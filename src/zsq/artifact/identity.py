@@ -12,7 +12,7 @@ from zsq.config import Recipe
 from zsq.errors import UsageError
 from zsq.runtime.group import Group
 from zsq.runtime.policy import Policy
-from zsq.stages import Images
+from zsq.synthesis.images import Images
 from zsq.teacher.teacher import Teacher
 
 

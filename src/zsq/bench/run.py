@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,6 @@ from zsq.runtime.environment import environment
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.teacher.sources import load_source
 
-Axis = Literal["images", "batch", "network"]
 #: What grows along each axis unless the sizes are given.
 SIZES: dict[str, tuple[str, ...]] = {
     "images": ("128", "256", "512"),

@@ -25,9 +25,9 @@ from zsq.runtime.context import Context
 from zsq.runtime.policy import on_device
 from zsq.runtime.seeds import seeded
 from zsq.settings import Bits, Tuning
-from zsq.stages import Images, choose_images
+from zsq.stages import choose_images
 from zsq.student import prepared_network
-from zsq.synthesis.images import ImageSet
+from zsq.synthesis.images import Images, ImageSet
 from zsq.teacher.teacher import Teacher
 
 #: Bit-widths that are compared where nothing else is asked for.

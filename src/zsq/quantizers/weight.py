@@ -7,7 +7,7 @@ Every weight quantizer is a module whose ``forward()`` returns the weight to com
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,6 @@ from zsq.functional.affine import (
     search_weight_grid,
 )  # fmt: skip
 from zsq.functional.rounding import inverse_rectified_sigmoid, rectified_sigmoid
-
-
-class WeightQuantizer(Protocol):
-    """What a quantized layer needs from its weight quantizer."""
-
-    bits: int
-    scale: Tensor
-    zero_point: Tensor
-
-    def __call__(self) -> Tensor:
-        """Return the weight to compute with, (C, ...) float."""
-
-    def codes(self) -> Tensor:
-        """Return the integer codes, (C, ...) uint8."""
 
 
 class FrozenWeight(nn.Module):

@@ -16,7 +16,7 @@ class GenieSynthesis(Part):
 
     method: Literal["genie"] = "genie"
     images: int = Field(default=1024, ge=1)
-    """Images to make in all; the last batch is smaller where ``batch`` does not divide them."""
+    """Images to make in all; where ``batch`` does not divide them batches are smaller, all about as large."""
     batch: int = Field(default=128, ge=2)
     """Images that share a generator and batch statistics."""
     parallel: int | None = Field(default=None, ge=1)
@@ -95,7 +95,7 @@ class PixelSynthesis(Part):
 
     method: Literal["pixels"] = "pixels"
     images: int = Field(default=5120, ge=1)
-    """Images to make in all; the last batches are smaller where ``batch`` does not divide them."""
+    """Images to make in all; where ``batch`` does not divide them batches are smaller, all about as large."""
     batch: int = Field(default=256, ge=2)
     """Images that share batch statistics."""
     parallel: int | None = Field(default=None, ge=1)

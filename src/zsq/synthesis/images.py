@@ -151,3 +151,7 @@ def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
             for part in torch.split(images, 128)
         ]
     )
+
+
+#: What a run may be given as images: a set, normalised pixels (N, C, H, W), a folder of real ones, or none.
+Images = ImageSet | Tensor | str | Path | None

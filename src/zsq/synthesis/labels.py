@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +30,6 @@ class Labels:
         """
         target = torch.zeros(len(self.classes), count, device=self.weights.device)
         return target.scatter_add_(1, self.classes, self.weights)
-
-
-class ConditionalGenerator(Protocol):
-    """What a generator of images of given labels offers; an `nn.Module` in training mode always."""
-
-    def draw_noise(self, labels: Labels) -> Tensor:
-        """Return fresh noise for a batch of these labels, on their device."""
-
-    def __call__(self, noise: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-        """Return images (N, C, H, W), float32, in the teacher's normalised space."""
 
 
 def plain_labels(count: int, classes: int, device: torch.device) -> Labels:
