@@ -8,6 +8,7 @@ from helpers.networks import Concat, Inverted, Net, Residual, SqueezeExcite, con
 from torch import nn
 
 from zsq.teacher.fold import fold_batch_norms
+from zsq.teacher.pieces import cut_piece
 from zsq.teacher.units import common_scope, cut_positions, find_units
 
 
@@ -154,3 +155,26 @@ def test_layers_per_unit(family):
 )
 def test_common_scope(paths, scope):
     assert common_scope(paths) == scope
+
+
+def test_a_constant_repeated_for_every_image_does_not_reach_back_to_the_networks_input():
+    """A sampling grid of a fixed transformation: its batch size is read inside the unit that uses it."""
+
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            y = self.b(self.a(x).relu()).relu()
+            turn = torch.eye(2, 3)[None].expand(y.shape[0], 2, 3)
+            grid = nn.functional.affine_grid(turn, y.shape, align_corners=False)
+            return self.fc(nn.functional.grid_sample(y, grid, align_corners=False).mean((2, 3)))
+
+    net = Sampled().eval()
+    network = network_of(net)
+    value = x = torch.randn(3, 3, 8, 8)
+    for unit in find_units(network):
+        value = cut_piece(network, unit.nodes, unit.nodes[-1])(value)
+    assert len(find_units(network)) == 3
+    assert torch.allclose(value, net(x), atol=1e-6)

@@ -34,21 +34,35 @@ def localise_batch_size(graph: Graph) -> None:
     """Let every reshape read the batch size from its own input.
 
     Export reads it once, from the network's input, and carries it to the end; a reconstruction unit
-    cut out of the middle could not see it. Expressions of the batch size are recomputed likewise.
+    cut out of the middle could not see it. Expressions of the batch size are recomputed likewise. What has
+    no input that depends on the batch (a constant that is repeated for every image) reads it from the
+    tensor computed last of those that are still needed.
 
     Args:
         graph: changed in place; ``meta["sizes"]`` of tensors is `symbolic_sizes`,
             ``meta["expression"]`` of scalars their own.
     """
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         tensors = [n for n in node.all_input_nodes if not n.meta.get("scalar")]
         scalars = [n for n in node.all_input_nodes if n.meta.get("scalar")]
         if node.op != "call_function" or node.meta.get("scalar") or not tensors or not scalars:
             continue
+        if not any(n.op != "get_attr" for n in tensors):
+            tensors = _still_needed(node, order)[-1:] or tensors
         for scalar in scalars:
             with graph.inserting_before(node):
                 node.replace_input_with(scalar, _local_scalar(graph, scalar, tensors[0]))
     graph.eliminate_dead_code()
+
+
+def _still_needed(node: Node, order: dict[Node, int]) -> list[Node]:
+    """Return the tensors that depend on the batch and are read behind a node, in execution order."""
+    return [
+        n for n, place in order.items()
+        if place < order[node] and n.meta.get("sizes")
+        and any(order.get(user, -1) > order[node] for user in n.users if not user.meta.get("scalar"))
+    ]  # fmt: skip
 
 
 def _local_scalar(graph: Graph, scalar: Node, tensor: Node) -> Node:
