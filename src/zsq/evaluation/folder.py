@@ -160,8 +160,8 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _leads_back(parent: str, name: str) -> bool:
     """Whether a folder is a link to one that it lies in, whose images would be counted again and again."""
-    there = Path(parent, name).resolve()
-    return there in (here := Path(parent).resolve()).parents or there == here
+    there, here = Path(parent, name).resolve(), Path(parent).resolve()
+    return there == here or there in here.parents
 
 
 def _balanced(labels: Sequence[int], count: int, rng: random.Random) -> list[int]:

@@ -191,9 +191,8 @@ def _logits_convolution_to_linear(network: GraphModule, facts: Facts) -> None:
     weight, path = layer.frozen, str(node.target)
     if weight.integers.ndim == 2:  # linear already
         return
-    whole = facts.shapes[source.name][1:] == tuple(
-        weight.integers.shape[1:]
-    )  # map and kernel; one group
+    # a kernel as large as the map, in one group
+    whole = facts.shapes[source.name][1:] == tuple(weight.integers.shape[1:])
     single = set(facts.shapes[node.name][2:]) == {1}
     if not (whole and single) or _is_padded(layer) or len(calls(network)[path]) > 1:
         return

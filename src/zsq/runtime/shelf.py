@@ -112,11 +112,9 @@ class Shelf:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".zsq-", suffix=".cache", dir=folder)
         try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(
-                    handle, 0, 4 * count
-                )  # a full disk is found here, not in mid-run
-            else:
+            if hasattr(os, "posix_fallocate"):  # a full disk is found here, not in mid-run
+                os.posix_fallocate(handle, 0, 4 * count)
+            else:  # macOS
                 os.truncate(handle, 4 * count)
             return torch.from_file(name, shared=True, size=count, dtype=torch.float32)
         except OSError as error:
