@@ -19,7 +19,7 @@ from zsq.evaluation.folder import open_for
 from zsq.evaluation.metrics import Evaluation, evaluate_networks
 from zsq.export.simulate import IntegerSimulation
 from zsq.runtime.ambient import own_modes
-from zsq.runtime.policy import make_policy, on_device
+from zsq.runtime.policy import channels_last, make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.teacher.teacher import ModelInfo, load_teacher
 
@@ -148,9 +148,8 @@ def _advancer(task: Any) -> Callable[[int], None]:
 
 
 def _on_device(network: torch.nn.Module, device: str) -> Network:
-    layout = torch.channels_last  # a tenth to a third faster on CPUs
-    placed = network.to(device).to(memory_format=layout).eval()  # type: ignore[call-overload]
-    return lambda x: placed(x.to(device).contiguous(memory_format=layout)).cpu()
+    placed = channels_last(network.to(device)).eval()  # a tenth to a third faster on CPUs
+    return lambda x: placed(x.to(device).contiguous(memory_format=torch.channels_last)).cpu()
 
 
 def _of_run(path: Path, device: str, simulate: bool) -> tuple[dict[str, Network], ModelInfo]:

@@ -63,6 +63,8 @@ def _count(found: Counter[str], names: frozenset[str]) -> int:
 
 def _likely_reason(graph: onnx.GraphProto, layer: onnx.NodeProto) -> str:
     """Say which of the conditions for an integer kernel a layer misses."""
+    if layer.op_type == "ConvTranspose":
+        return "zsq does not quantize transposed convolutions"
     producers = {name: node.op_type for node in graph.node for name in node.output}
     readers = [node for node in graph.node if layer.output[0] in node.input]
     for name, index in (("input", 0), ("weight", 1)):

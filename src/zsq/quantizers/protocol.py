@@ -39,6 +39,17 @@ CLAMPS = frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.de
 ADDITIONS = frozenset({"aten.add.Tensor"})
 _TUPLES = frozenset({"aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default",
                      "aten.max_pool2d_with_indices.default", "aten.adaptive_max_pool2d.default"})  # fmt: skip
+_ROOTS = frozenset({
+    "aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default", "aten.log.default",
+})  # fmt: skip
+#: What norms and shares are made of, before a root or behind it.
+_SUMS = frozenset({
+    "aten.add.Tensor", "aten.add.Scalar", "aten.mul.Tensor", "aten.mean.dim", "aten.sum.dim_IntList",
+    "aten.pow.Tensor_Scalar", "aten.square.default", "aten.var.correction", "aten.var.dim", "aten.var.unbiased",
+    "aten.std.correction", "aten.clamp.default", "aten.clamp_min.default", "aten.clamp_min.Tensor",
+    "aten.maximum.default", "aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.expand.default",
+    "aten.unsqueeze.default", "aten.sub.Tensor", "aten.exp.default", "aten.expand_as.default",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,8 +144,11 @@ def _every_edge(
     logits = origin(output.all_input_nodes[0])
     activations: dict[Node, int] = {}
     shared: dict[Node, Node] = {}
+    delicate = _delicate(network) - set(inner)
     for node in network.graph.nodes:
         if node.op in {"output", "get_attr"} or node.meta.get("scalar") or origin(node) is logits:
+            continue
+        if node in delicate:
             continue
         if commutes(node):
             if operator_name(node.target) not in _TUPLES:
@@ -142,6 +156,29 @@ def _every_edge(
         elif not (_is_tuple(node) or _only_feeds_clamp(node)):
             activations[node] = inner.get(node, 8)
     return activations, shared
+
+
+def _delicate(network: GraphModule) -> set[Node]:
+    """Return the tensors that lead to roots and denominators alone, with the roots, as a norm's variance does.
+
+    On a linear grid of 256 codes a small variance is 0, and what is divided by it infinite: runtimes are to
+    compute these in float, as they do inside of a layer norm.
+    """
+    found: set[Node] = set()
+    for node in reversed(list(network.graph.nodes)):
+        name = operator_name(node.target)
+        readers = [user for user in node.users if not user.meta.get("scalar")]
+        divides = [_divides_by(user, node) or user in found for user in readers]
+        if name in _ROOTS or (name in _SUMS and divides and all(divides)):
+            found.add(node)
+    return found
+
+
+def _divides_by(reader: Node, node: Node) -> bool:
+    """Whether a node takes a root of another, or has it as a denominator."""
+    name, arguments = operator_name(reader.target), reader.args
+    divided = len(arguments) > 1 and arguments[1] is node and arguments[0] is not node
+    return name in _ROOTS or (name == "aten.div.Tensor" and divided)
 
 
 def _only_feeds_clamp(node: Node) -> bool:

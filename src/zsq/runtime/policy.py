@@ -60,7 +60,7 @@ class Policy:
 
     def place(self, module: _Module) -> _Module:
         """Move a module to the device, channels last."""
-        return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return channels_last(module.to(self.device))
 
     def placed_copy(self, module: _Module) -> _Module:
         """Return a copy of a module on the device, channels last; the module stays where it is."""
@@ -104,6 +104,18 @@ def make_policy(
         torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
     )
     return Policy(place, dtype, compile, memory, cuda_graphs)
+
+
+def channels_last(module: _Module) -> _Module:
+    """Put a module's tensors of four axes into that order, in place; the module is returned.
+
+    PyTorch's own ``module.to(memory_format=...)`` does so, and refuses modules that hold one of five axes.
+    """
+    return module._apply(lambda t: _last(t) if t.ndim == 4 else t)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

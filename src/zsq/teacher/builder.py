@@ -37,6 +37,8 @@ _ALIASES = frozenset(
     {"alias", "detach", "detach_", "contiguous"}
     | {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"}
 )
+#: Operators, and the number that they change nothing with.
+_NEUTRAL = {"aten.mul.Tensor": 1, "aten.div.Tensor": 1, "aten.add.Tensor": 0, "aten.sub.Tensor": 0}
 _ASSERTIONS = ("_assert", "sym_constrain")
 _BATCH_NORMS = frozenset(
     {"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}
@@ -56,6 +58,19 @@ def several_inputs(count: int) -> UsageError:
         f"the model takes {count} inputs; zsq needs exactly one image tensor. "
         "Wrap the model in a module whose forward takes one tensor."
     )
+
+
+def _changes_nothing(node: Node, name: str) -> bool:
+    """Whether a node multiplies or divides by 1, or adds or subtracts 0, as configurable blocks do.
+
+    Such nodes vanish when the network is exported, and quantizers on either side of them would meet.
+    """
+    source = node.args[0] if node.args else None
+    if name not in _NEUTRAL or len(node.args) != 2 or node.kwargs or not isinstance(source, Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    return same and isinstance(node.args[1], int | float) and node.args[1] == _NEUTRAL[name]
 
 
 class NetworkBuilder:
@@ -132,7 +147,7 @@ class NetworkBuilder:
             return
         if self._is_constant(node):
             self._fold_constant(node)
-        elif short in _ALIASES or short in _COPIES:
+        elif short in _ALIASES or short in _COPIES or _changes_nothing(node, name):
             source = as_node(node.args[0])
             self.new[node] = self.new[source]
             if short in _ALIASES:

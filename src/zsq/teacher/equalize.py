@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from zsq.runtime.policy import channels_last
 from zsq.teacher.channels import channel_axes, input_axis
 from zsq.teacher.fold import calls, fold_batch_norms, module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
@@ -168,7 +169,7 @@ def equalized(
     """
     # one memory format: another one gives ranges, and so weights, that differ in the last bit
     network = fold_batch_norms(teacher.network) if fold else copy.deepcopy(teacher.network)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = channels_last(network)
     parameter = next(network.parameters(), None)
     if strength > 0 and parameter is not None:
         if images is None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from zsq.errors import UsageError
@@ -57,18 +57,25 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
             ) from error
         try:
             with _silence():
-                return torch.export.export(
-                    module,
-                    (example,),
-                    dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                    strict=False,
-                )
+                return _export(module, example)
         except Exception as error:
             raise UsageError(
                 f"torch.export cannot read this model's graph: {_brief(error)}. Make its forward "
                 "free of data-dependent Python control flow and of a fixed batch size, or pass a "
                 ".pt2 file that torch.export saved."
             ) from error
+
+
+def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """Export with a free batch size; where plain tracing fixes it, as `len` does, by reading bytecode."""
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+    except Exception as error:
+        try:
+            return torch.export.export(module, (example,), dynamic_shapes=free, strict=True)
+        except Exception:
+            raise error from None  # the usual way's, which says more
 
 
 def _check_one_input(module: nn.Module) -> None:

@@ -48,12 +48,18 @@ def cut_positions(nodes: list[Node]) -> list[int]:
     cuts, far = [], -1
     for i, node in enumerate(nodes):
         constant = node.meta.get("scalar") or node.op == "get_attr"
-        if far <= i and not constant and not is_tuple(node):
+        if far <= i and not constant and not is_tuple(node) and is_batch_first(node):
             cuts.append(i)
         if constant:
             continue  # constants and sizes are recomputed wherever they are needed
         far = max([far, *(position[user] for user in node.users if user in position)])
     return cuts
+
+
+def is_batch_first(node: Node) -> bool:
+    """Whether the first axis of a node's value counts images: those of others cannot be dealt out in batches."""
+    shape = node.meta.get("shape")  # versions before saved none
+    return shape is None or (len(shape) > 0 and shape[0] == "N")
 
 
 def is_tuple(node: Node) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from zsq.errors import UsageError
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.protocol import CLAMPS, layer_nodes
@@ -17,7 +18,7 @@ from zsq.teacher.fold import module_of
 from zsq.teacher.layers import BatchNorm, operator_name
 from zsq.teacher.pieces import cut_piece
 from zsq.teacher.regions import find_regions
-from zsq.teacher.units import MAX_LAYERS, Unit, find_units
+from zsq.teacher.units import MAX_LAYERS, Unit, find_units, is_batch_first
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def block_pieces(network: GraphModule, student: Student) -> list[Piece]:
     ]
 
 
+def _in_batches(network: GraphModule, pieces: Iterable[Piece]) -> bool:
+    """Whether what pieces read and put out has images on its first axis."""
+    ends = {name for piece in pieces for name in (piece.source, piece.output)}
+    return all(is_batch_first(node) for node in network.graph.nodes if node.name in ends)
+
+
 def tuned_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """Return what is tuned at a time: parts instead of the pieces that have them."""
     return [each for piece in pieces for each in piece.parts or (piece,)]
@@ -100,6 +107,8 @@ def _parts(piece: Piece) -> tuple[Piece, ...]:
     ]
     place = {node.name: i for i, node in enumerate(piece.teacher.graph.nodes)}
     found = [*_pieces_of(piece.teacher, piece.student, regions), *singles]
+    if not _in_batches(piece.teacher, found):
+        return ()  # sequences first: one piece, however large
     return tuple(_each_quantizer_once(sorted(found, key=lambda part: place[part.source])))
 
 
@@ -151,8 +160,18 @@ def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
 
     A piece is a layer with the quantizer on its input and, where nothing else reads in between, the
     batch norm and the clipping activation behind it.
+
+    Raises:
+        UsageError: a layer reads or puts out a tensor whose first axis does not count images.
     """
-    return _each_quantizer_once(_single_layers(network, student))
+    pieces = _single_layers(network, student)
+    if not _in_batches(network, pieces):
+        raise UsageError(
+            "some layers of this network read tensors whose first axis does not count images (sequences first), so "
+            "they cannot be tuned one by one in batches; add --set tuning.unit=block, or rewrite the network with "
+            "batch_first=True."
+        )
+    return _each_quantizer_once(pieces)
 
 
 def _single_layers(network: GraphModule, student: GraphModule) -> list[Piece]:
