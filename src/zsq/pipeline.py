@@ -204,9 +204,9 @@ def export(
     """
     folder = RunFolder.open(run)
     destination = Path(path) if path is not None else folder.file("model.onnx")
+    check_destination(destination)
     if destination.suffix != ".onnx":  # it could be another file of the run
         raise UsageError(f"cannot write {destination}: give the file a name that ends in .onnx.")
-    check_destination(destination)
     report = export_run(folder, target, destination, allow_partial, reporter)
     folder.save()
     return report

@@ -167,9 +167,9 @@ def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
     pieces = _single_layers(network, student)
     if not _in_batches(network, pieces):
         raise UsageError(
-            "some layers of this network read tensors whose first axis does not count images (sequences first), so "
-            "they cannot be tuned one by one in batches; add --set tuning.unit=block, or rewrite the network with "
-            "batch_first=True."
+            "some layers of this network read tensors whose first axis does not count images (sequences first, as "
+            "inside of nn.MultiheadAttention), so they cannot be tuned one by one in batches; add --set "
+            "tuning.unit=block."
         )
     return _each_quantizer_once(pieces)
 
