@@ -40,12 +40,22 @@ from zsq.settings import (
 __all__ = [
     "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses",
     "MixedSynthesis", "Override", "PixelSynthesis", "Promotion", "RangeCalibration", "Recipe", "Reconstruction",
-    "load_recipe", "recipe_names", "to_yaml",
+    "is_large", "load_recipe", "recipe_names", "to_yaml",
 ]  # fmt: skip
 
 
 #: Sides from here on are large: recipes apply what was published for ImageNet.
 LARGE_SIDE = 128
+
+
+def is_large(input_shape: tuple[int, ...]) -> bool:
+    """Whether images of a shape (C, H, W) are large.
+
+    Example:
+        >>> is_large((3, 32, 32)), is_large((3, 224, 224))
+        (False, True)
+    """
+    return max(input_shape[1:]) >= LARGE_SIDE
 
 
 class Recipe(Part):

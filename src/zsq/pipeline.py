@@ -16,7 +16,7 @@ from zsq.artifact.identity import check_agreement, run_identity
 from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import BitsPlan, read_plan
-from zsq.config import LARGE_SIDE, Recipe, load_recipe
+from zsq.config import Recipe, is_large, load_recipe
 from zsq.errors import UsageError
 from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
@@ -121,7 +121,7 @@ def quantize(
         )  # fmt: skip
     plan = read_plan(bits)
     resolved = load_recipe(
-        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
+        recipe, schedule=schedule, large=is_large(teacher.info.input_shape),
         settings=settings, protocol=protocol, bits=plan.widths() if plan else bits,
     )  # fmt: skip
     if plan is not None:

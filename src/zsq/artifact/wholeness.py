@@ -26,10 +26,8 @@ MODEL = "model.onnx"
 def is_complete(folder: RunFolder) -> bool:
     """Return whether a run is done and all of its results are there."""
     names = ["recipe.yaml", MODEL, *TENSORS]
-    recipe = (
-        load_recipe(folder.file("recipe.yaml")) if folder.file("recipe.yaml").exists() else None
-    )
-    if recipe and equalization_steps(recipe):
+    recipe = folder.file("recipe.yaml")
+    if recipe.exists() and equalization_steps(load_recipe(recipe)):
         names.append("equalization.safetensors")
     there = all(folder.file(name).exists() for name in names)
     return there and folder.record.get("status") == "done"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from zsq.bench.turns import Tick
-from zsq.config import LARGE_SIDE, Recipe, load_recipe
+from zsq.config import Recipe, is_large, load_recipe
 from zsq.runtime.policy import Policy
 from zsq.teacher.teacher import Teacher
 
@@ -45,7 +45,7 @@ class Job:
 
     def recipe(self, name: str, settings: list[str]) -> Recipe:
         """Return a recipe as published for images of this size, with changes."""
-        large = max(self.teacher.info.input_shape[1:]) >= LARGE_SIDE
+        large = is_large(self.teacher.info.input_shape)
         return load_recipe(name, large=large, settings=settings)
 
     def network(self, policy: Policy) -> GraphModule:

@@ -17,7 +17,7 @@ from zsq.bits.latency import measure_latency
 from zsq.bits.layers import fixed_bits, free_edges, layer_facts
 from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.bits.sensitivity import measure_sensitivity
-from zsq.config import LARGE_SIDE, Recipe, load_recipe
+from zsq.config import Recipe, is_large, load_recipe
 from zsq.errors import UsageError
 from zsq.preparation import prepared_teacher, reconstruction_of
 from zsq.runtime.ambient import own_modes
@@ -82,7 +82,7 @@ def choose_bits(
     """
     context = context or Context()
     resolved = load_recipe(
-        recipe, schedule=schedule, large=max(teacher.info.input_shape[1:]) >= LARGE_SIDE,
+        recipe, schedule=schedule, large=is_large(teacher.info.input_shape),
         settings=settings, bits=bits, protocol=protocol,
     )  # fmt: skip
     _check_budgets(budget, activations, bits)

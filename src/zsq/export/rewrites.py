@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from zsq.export.folding import put_module
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
-from zsq.quantizers.protocol import COMMUTING, origin
+from zsq.quantizers.protocol import commutes, origin
 from zsq.quantizers.weight import FrozenWeight
 from zsq.teacher.fold import calls, module_of, tensor_inputs
 from zsq.teacher.layers import operator_name
@@ -64,7 +64,7 @@ def input_quantizer(
         module = module_of(network, node)
         if isinstance(module, ActivationQuantizer):
             return module
-        if operator_name(node.target) not in COMMUTING:
+        if not commutes(node):
             return None
     return None
 

@@ -23,6 +23,7 @@ from zsq.config import Bits, Override
 from zsq.errors import UsageError
 from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
+from zsq.teacher.units import is_tuple
 
 #: Operators that only move or select values: quantizing before or after them is the same.
 COMMUTING = frozenset({
@@ -83,10 +84,6 @@ def commutes(node: Node) -> bool:
     if name == "operator.getitem":
         return operator_name(tensor_inputs(node)[0].target) in _TUPLES
     return name in COMMUTING
-
-
-def _is_tuple(node: Node) -> bool:
-    return any(operator_name(user.target) == "operator.getitem" for user in node.users)
 
 
 def layer_nodes(network: GraphModule) -> list[Node]:
@@ -153,7 +150,7 @@ def _every_edge(
         if commutes(node):
             if operator_name(node.target) not in _TUPLES:
                 shared[node] = origin(node)
-        elif not (_is_tuple(node) or _only_feeds_clamp(node)):
+        elif not (is_tuple(node) or _only_feeds_clamp(node)):
             activations[node] = inner.get(node, 8)
     return activations, shared
 

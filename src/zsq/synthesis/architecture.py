@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from zsq.config import LARGE_SIDE
+from zsq.config import is_large
 from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
 
@@ -159,4 +159,4 @@ def default_architecture(image_shape: tuple[int, ...], reference: str) -> Archit
     name = ALIASES.get(name, name)
     if name in found:
         return found[name]
-    return found["resnet18" if max(image_shape[1:]) >= LARGE_SIDE else "resnet20_cifar10"]
+    return found["resnet18" if is_large(image_shape) else "resnet20_cifar10"]

@@ -128,8 +128,8 @@ class FixedImages:
         share = len(chosen) / self.size
         images, targets = self.images[chosen], self.targets[chosen]
         if self.crop is None:
-            logits = None if self.logits is None else self.logits[chosen]
-            return Batch(images, logits, targets, share=share)
+            assert self.logits is not None
+            return Batch(images, self.logits[chosen], targets, share=share)
         windows = random_windows(len(chosen), self.crop.smallest, self.crop.probability)
         windows = windows.to(images.device, non_blocking=True)
         return Batch(crop(images, windows), None, targets, share=share)

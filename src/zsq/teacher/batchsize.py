@@ -6,28 +6,10 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from zsq.teacher.layers import operator_name
-
-
-def symbolic_sizes(value: object) -> dict[str, int]:
-    """Map each size of a tensor that depends on the batch size to its (first) axis.
-
-    Args:
-        value: what export noted of a node's result.
-
-    Returns:
-        Expressions such as ``"s77"`` or ``"4*s77"``; empty for anything but a tensor.
-    """
-    if not isinstance(value, Tensor):
-        return {}
-    axes: dict[str, int] = {}
-    for axis, size in enumerate(value.shape):
-        if not str(size).isdigit():
-            axes.setdefault(str(size), axis)
-    return axes
+from zsq.teacher.shapes import shape_of
 
 
 def localise_batch_size(graph: Graph) -> None:
@@ -39,8 +21,8 @@ def localise_batch_size(graph: Graph) -> None:
     tensor computed last of those that are still needed.
 
     Args:
-        graph: changed in place; ``meta["sizes"]`` of tensors is `symbolic_sizes`,
-            ``meta["expression"]`` of scalars their own.
+        graph: changed in place; tensors have a ``meta["shape"]``, scalars a ``meta["expression"]``, both of
+            `zsq.teacher.shapes`.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -60,7 +42,7 @@ def _still_needed(node: Node, order: dict[Node, int]) -> list[Node]:
     """Return the tensors that depend on the batch and are read behind a node, in execution order."""
     return [
         n for n, place in order.items()
-        if place < order[node] and n.meta.get("sizes")
+        if place < order[node] and any(isinstance(size, str) for size in shape_of(n) or ())
         and any(order.get(user, -1) > order[node] for user in n.users if not user.meta.get("scalar"))
     ]  # fmt: skip
 
@@ -88,8 +70,9 @@ def _carrier(tensor: Node, expression: str) -> tuple[Node, int] | None:
     queue, seen = deque([tensor]), {tensor}
     while queue:
         node = queue.popleft()
-        if expression in node.meta.get("sizes", {}):
-            return node, node.meta["sizes"][expression]
+        shape = shape_of(node) or ()
+        if expression in shape:
+            return node, shape.index(expression)
         for source in node.all_input_nodes:
             if source not in seen and not source.meta.get("scalar"):
                 seen.add(source)

@@ -12,7 +12,6 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from zsq.errors import UsageError
-from zsq.teacher.batchsize import symbolic_sizes
 from zsq.teacher.layers import (
     LAYER_OPERATORS,
     SCALAR_OPERATORS,
@@ -24,6 +23,7 @@ from zsq.teacher.layers import (
     out_of_place,
     resolve_operator,
 )
+from zsq.teacher.shapes import expression_of, noted_shape
 from zsq.teacher.tree import add_module, as_node, attribute, child, flat, plain
 
 #: Contiguity copies are dropped, so a view may meet any layout; reshape does the same then.
@@ -274,12 +274,11 @@ class NetworkBuilder:
         """Write down what units and protocols want to know of a new node."""
         value = node.meta.get("val")
         scalar = not isinstance(value, (Tensor, list, tuple))
-        created.meta.update(path=path, scalar=scalar, sizes=symbolic_sizes(value))
+        created.meta.update(path=path, scalar=scalar)
         if isinstance(value, Tensor):
-            sizes = [re.sub(r"\bs\d+\b", "N", str(size)) for size in value.shape]
-            created.meta["shape"] = tuple(int(s) if s.isdigit() else s for s in sizes)
+            created.meta["shape"] = noted_shape(value)
         if scalar:
-            created.meta["expression"] = str(value)
+            created.meta["expression"] = expression_of(value)
         return created
 
     def _owner(self, node: Node) -> Node:

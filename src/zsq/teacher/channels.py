@@ -14,25 +14,12 @@ from torch.fx import GraphModule, Node
 
 from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, Layer, operator_name
+from zsq.teacher.shapes import Shape, last_axis, shape_of
 
-#: Sizes; those that depend on the batch size N are expressions.
-Shape = tuple[int | str, ...]
 _RESHAPES = frozenset({
     "aten.flatten.using_ints", "aten.reshape.default", "aten.view.default",
 })  # fmt: skip
 _SAME = frozenset({"aten.relu.default", "aten.leaky_relu.default", "aten.dropout.default"})
-
-
-def shape_of(node: Node) -> Shape | None:
-    """Return the shape of a node's result as export noted it, or None (networks saved by versions before)."""
-    shape: Shape | None = node.meta.get("shape")
-    return shape
-
-
-def last_axis(node: Node) -> int:
-    """Return the last axis of a node's result: that of the features where its shape is not known."""
-    shape = shape_of(node)
-    return 1 if shape is None else len(shape) - 1
 
 
 def input_axis(layer: Layer, source: Node) -> int:

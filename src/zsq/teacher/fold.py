@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zsq.teacher.layers import BatchNorm, Layer
+from zsq.teacher.shapes import last_axis
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def find_pairs(network: GraphModule) -> list[Pair]:
         layer = module_of(network, source)
         if (
             isinstance(layer, Layer)
-            and not (layer.is_linear and len(source.meta.get("shape", "NC")) > 2)
+            and not (layer.is_linear and last_axis(source) > 1)
             and len(source.users) == 1
             and count[str(source.target)] == 1
         ):

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from zsq.teacher.fold import module_of
 from zsq.teacher.layers import Layer
+from zsq.teacher.shapes import is_batch_first
 
 #: Chains of at most this many single-layer units are merged when they make up one module.
 MAX_CHAIN = 4
@@ -54,12 +55,6 @@ def cut_positions(nodes: list[Node]) -> list[int]:
             continue  # constants and sizes are recomputed wherever they are needed
         far = max([far, *(position[user] for user in node.users if user in position)])
     return cuts
-
-
-def is_batch_first(node: Node) -> bool:
-    """Whether the first axis of a node's value counts images: those of others cannot be dealt out in batches."""
-    shape = node.meta.get("shape")  # versions before saved none
-    return shape is None or (len(shape) > 0 and shape[0] == "N")
 
 
 def is_tuple(node: Node) -> bool:

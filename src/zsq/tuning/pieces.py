@@ -18,7 +18,8 @@ from zsq.teacher.fold import module_of
 from zsq.teacher.layers import BatchNorm, operator_name
 from zsq.teacher.pieces import cut_piece
 from zsq.teacher.regions import find_regions
-from zsq.teacher.units import MAX_LAYERS, Unit, find_units, is_batch_first
+from zsq.teacher.shapes import is_batch_first
+from zsq.teacher.units import MAX_LAYERS, Unit, find_units
 
 
 @dataclass(frozen=True)
