@@ -101,5 +101,6 @@ class RangeSearch:
         return {f"{i:06d}": images for i, images in enumerate(self.kept)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
-        self.kept = [state[name] for name in sorted(state)]
+        """Go on from what `state` returned, where the student computes."""
+        device = next(self.student.network.parameters()).device
+        self.kept = [state[name].to(device) for name in sorted(state)]
