@@ -52,9 +52,9 @@ def analyse(
 ) -> None:  # fmt: skip
     """Measure the curvature of a student's losses and draw their surfaces."""
     from zsq.analysis.landscape import analyse as analyse_run
+    from zsq.analysis.tables import curvature_table
     from zsq.runtime.context import Context
     from zsq.runtime.policy import make_policy
-    from zsq.tables import curvature_table
 
     context = Context(seed, make_policy(device, "fp32", False), reporter_for(quiet or as_json))
     found = analyse_run(
@@ -147,10 +147,10 @@ def bits(
     from zsq.artifact.given import given_images
     from zsq.bits.choose import choose_bits
     from zsq.bits.plots import write_plan
+    from zsq.bits.tables import bits_tables
     from zsq.errors import UsageError
     from zsq.runtime.context import Context
     from zsq.runtime.policy import make_policy
-    from zsq.tables import bits_tables
     from zsq.teacher.teacher import load_teacher
 
     if out is not None and (Path(out) / "run.json").exists():  # its own bits.yaml may be in there
@@ -184,9 +184,9 @@ def diagnose(
 ) -> None:
     """Show which layers and edges hurt most, and what to do about them."""
     from zsq.analysis.runs import diagnose as diagnose_run
+    from zsq.analysis.tables import diagnosis_tables
     from zsq.runtime.context import Context
     from zsq.runtime.policy import make_policy
-    from zsq.tables import diagnosis_tables
 
     context = Context(0, make_policy(device, "fp32", False), reporter_for(quiet or as_json))
     found = diagnose_run(run, images=images, context=context)

@@ -22,6 +22,7 @@ from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
 from zsq.running import carry_out, export_run, make_student
 from zsq.runtime.ambient import own_modes
+from zsq.runtime.amounts import parse_memory
 from zsq.runtime.checkpoints import SharedCheckpoints
 from zsq.runtime.context import Context
 from zsq.runtime.files import check_destination
@@ -29,7 +30,6 @@ from zsq.runtime.group import Group
 from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
-from zsq.runtime.shelf import parse_memory
 from zsq.stages import produce
 from zsq.student import Student
 from zsq.synthesis.images import Images

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from zsq.analysis.curvature import Curvature
-from zsq.analysis.layers import Diagnosis
-from zsq.bits.costs import cost_label, shown_cost
-from zsq.bits.plan import BitsPlan, EdgePlan
 from zsq.config import (
     GeneratorSynthesis,
     MixedSynthesis,
@@ -23,34 +20,35 @@ from zsq.config import (
     Reconstruction,
     to_yaml,
 )
+from zsq.runtime.amounts import size
 from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
 
 
-def new_table(title: str, *columns: str) -> Table:
-    """Return an empty table in the style of all of them; numbers stand on the right."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
+def new_table(title: str, *columns: str, texts: int = 1) -> Table:
+    """Return an empty table in the style of all of them.
 
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> size(1_500_000)
-        '1.50 MB'
+    Args:
+        title: above it.
+        columns: their headers; a line break keeps a long one narrow.
+        texts: so many of the first columns hold text, which is folded where a terminal is narrow; the
+            others hold numbers, which stand on the right in one piece.
     """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} bytes"
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold",
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for index, column in enumerate(columns):
+        text = index < texts
+        table.add_column(
+            column, justify="left" if text else "right", overflow="fold", no_wrap=not text
+        )
+    return table
 
 
 def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
     """Summarise a finished run."""
-    table = new_table(f"run {escape(record['run'])}: {record['status']}", "what", "value")
+    table = new_table(f"run {escape(record['run'])}: {record['status']}", "what", "value", texts=2)
     identity = record["identity"]
     recipe = identity["recipe"]
     bits = recipe["bits"]
@@ -68,7 +66,7 @@ def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
 
 def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
     """Show what an export came to."""
-    table = new_table("ONNX file against the simulation", "what", "value")
+    table = new_table("ONNX file against the simulation", "what", "value", texts=2)
     for key, value in report.items():
         if key == "bytes" or key.endswith("_bytes"):
             value = size(value)
@@ -116,7 +114,7 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
 
 def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
     """Show what was understood of a network."""
-    facts = new_table(escape(found.model), "what", "value")
+    facts = new_table(escape(found.model), "what", "value", texts=2)
     facts.add_row("input", " x ".join(map(str, found.input_shape)))
     facts.add_row("parameters", f"{found.parameters:,}")
     facts.add_row("multiply-accumulates", f"{found.macs:,}")
@@ -139,42 +137,45 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
         parts = f", tuned in {unit['parts']} parts" if unit["parts"] > 1 else ""
         units.add_row(escape(unit["name"]), f"{len(unit['layers'])}{parts}")
     yield units
-    plans = new_table(
-        "protocols", "protocol", "weights (layers)", "activations (tensors)", "expected size"
-    )
+    plans = new_table("protocols", "protocol", "weights", "activations", "size", texts=3)
     for name, plan in found.protocols.items():
         cells = [
             ", ".join(f"{n} at {b}" for b, n in plan[k].items()) for k in ("weights", "activations")
         ]
         plans.add_row(name, *cells, size(plan["bytes"]))
     yield plans
-    layers = new_table(
-        "layers", "layer", "weight", "groups", "MACs", *(f"bits, {p}" for p in found.protocols)
-    )
+    order = "/".join(found.protocols)
+    layers = new_table(f"layers, bits under {order}", "layer", "weight", "groups", "MACs", "bits")
     for layer in found.layers:
-        bits = [str(layer["bits"][p]) for p in found.protocols]
         shape = "x".join(map(str, layer["weight"]))
         layers.add_row(
-            escape(layer["path"]), shape, str(layer["groups"]), f"{layer['macs']:,}", *bits
+            escape(layer["path"]), shape, str(layer["groups"]), f"{layer['macs']:,}", _widths(layer)
         )
     yield layers
     tensors = new_table(
-        "tensors", "tensor", "read by", "values", *(f"bits, {p}" for p in found.protocols)
+        f"tensors, bits under {order}", "tensor", "read by", "values", "bits", texts=2
     )
     for tensor in found.tensors:
-        bits = [str(tensor["bits"][p] or "float") for p in found.protocols]
         readers = escape(", ".join(tensor["read_by"]))
-        tensors.add_row(tensor["name"], readers, f"{prod(tensor['shape']):,}", *bits)
+        tensors.add_row(
+            tensor["name"], readers, f"{prod(tensor['shape']):,}", _widths(tensor)
+        )  # fmt: skip
     yield tensors
+
+
+def _widths(item: dict[str, Any]) -> str:
+    """Return the bits of a layer or tensor, protocol by protocol."""
+    return "/".join(str(bits or "float") for bits in item["bits"].values())
 
 
 def recipes_table(found: Iterable[Recipe]) -> Iterable[RenderableType]:
     """List recipes."""
-    table = Table(title="recipes (zsq recipes NAME shows every setting)", title_justify="left")
-    for column in ("recipe", "what", "paper", "full schedule"):
-        table.add_column(column, overflow="fold")
+    table = new_table(
+        "recipes (zsq recipes NAME shows every setting)", "recipe", "what, paper, full schedule", texts=2
+    )  # fmt: skip
     for recipe in found:
-        table.add_row(recipe.name, escape(recipe.title), escape(recipe.paper), _schedule(recipe))
+        less = "\n".join(line for line in (recipe.paper, _schedule(recipe)) if line)
+        table.add_row(recipe.name, f"{escape(recipe.title)}\n[dim]{escape(less)}[/]")
     yield table
 
 
@@ -197,7 +198,7 @@ def _schedule(recipe: Recipe) -> str:
 def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     """Show one recipe with the meaning of its settings."""
     yield escape(to_yaml(recipe))
-    table = new_table("what the settings mean", "setting", "meaning")
+    table = new_table("what the settings mean", "setting", "meaning", texts=2)
     parts: dict[str, Part] = {
         "synthesis": recipe.synthesis, "tuning": recipe.tuning,
     }  # fmt: skip
@@ -209,73 +210,6 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
             if field.description:
                 table.add_row(f"{part}.{name}", escape(field.description))
     yield table
-
-
-def bits_tables(plan: BitsPlan) -> Iterable[RenderableType]:
-    """Show a choice of bits, and the frontier it lies on."""
-    frontier = new_table("frontier", cost_label(plan.kind), "summed sensitivity (nats)")
-    shown = plan.frontier[:: max(len(plan.frontier) // 15, 1)]
-    for point in shown:
-        frontier.add_row(f"{shown_cost(plan.kind, point.cost):.6g}", f"{point.sensitivity:.4g}")
-    yield frontier
-    table = new_table(f"bits for {escape(plan.model)}, {plan.protocol}, {plan.budget}",
-                   "layer", "weights", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
-    for path, bits in plan.layers.items():
-        values = plan.measured.get(path, {})
-        cells = _sensitivities(values, bits) if values else ("fixed", "")
-        table.add_row(escape(path), f"{plan.weights[path]:,}", str(bits), *cells)
-    yield table
-    if plan.edges is not None:
-        yield from _edge_tables(plan.edges)
-    yield (
-        f"average {plan.average():.3f} bits per weight of the {len(plan.free)} free layers; all weights "
-        f"{size(plan.onnx_bytes())} in the ONNX file (INT4 up to 4 bits, INT8 above and in depthwise "
-        f"layers; scales, biases and the graph come on top), {size(plan.bytes())} packed in "
-        f"student.safetensors; summed "
-        f"sensitivity {plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
-    )
-
-
-def _sensitivities(values: Mapping[int, float], bits: int) -> tuple[str, str]:
-    """Say how sensitive something is at the bits it got, and at 4 where that was measured."""
-    return f"{values[bits]:.2e}", f"{values[4]:.2e}" if 4 in values else ""
-
-
-def _edge_tables(plan: EdgePlan) -> Iterable[RenderableType]:
-    table = new_table(f"bits of activations, {plan.budget:g} on average",
-                   "tensor", "values an image", "bits", "sensitivity there", "at 4 bits")  # fmt: skip
-    for name, bits in plan.edges.items():
-        cells = _sensitivities(plan.measured[name], bits)
-        table.add_row(escape(name), f"{plan.values[name]:,}", str(bits), *cells)
-    yield table
-    yield (
-        f"average {plan.cost:.3f} bits per value of the {len(plan.edges)} free tensors; summed sensitivity "
-        f"{plan.sensitivity:.4g}{'' if plan.exact else ' (frontier thinned out: not exact)'}."
-    )
-
-
-def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableType]:
-    """Show what hurts, worst first."""
-    table = new_table(
-        f"divergence {found.divergence:.4g} nats from the teacher on {found.images} images, {found.protocol}",
-        "weight or edge", "bits", "gain if float", "alone", "SQNR dB", "clipped", "unused codes",
-    )  # fmt: skip
-    for item in found.items[:shown]:
-        ratio = "exact" if item.sqnr is None else f"{item.sqnr:.1f}"
-        table.add_row(
-            f"{item.kind} {escape(item.name)}", str(item.bits), f"{found.gain(item):.3g}", f"{item.only:.3g}",
-            ratio, f"{100 * item.clipped:.2f} %", f"{100 * item.unused:.0f} %",
-        )  # fmt: skip
-    yield table
-    if len(found.items) > shown:
-        yield f"and {len(found.items) - shown} more, in diagnosis.json."
-    suggestions = found.suggestions()
-    yield (
-        "To spend bits where they help most, add one of these to `zsq quantize`:"
-        if suggestions
-        else "No single item stands out: more bits everywhere, or longer tuning, is the next step."
-    )
-    yield from (escape(text) for text in suggestions)
 
 
 def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
@@ -295,20 +229,9 @@ def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
         yield from (escape(f"{row['folder']}: {row['error']}") for row in failed)
 
 
-def curvature_table(found: Curvature) -> Iterable[RenderableType]:
-    """Show trace and largest eigenvalues of every loss."""
-    table = new_table(
-        f"curvature in {found.parameters:,} weights", "loss", "trace", "+-", "largest eigenvalues"
-    )
-    for name, trace in found.traces.items():
-        values = ", ".join(f"{value:.4g}" for value in found.spectra[name].values)
-        table.add_row(name, f"{trace.value:.4g}", f"{trace.stderr:.2g}", values)
-    yield table
-
-
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:
     """Show the environment."""
-    table = new_table("environment", "what", "value")
+    table = new_table("environment", "what", "value", texts=2)
     for key, value in found.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for name, content in rows:

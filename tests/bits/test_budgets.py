@@ -12,6 +12,7 @@ from zsq.bits.costs import Budget, LayerFacts, cost_of, shown_cost
 from zsq.bits.fitting import make_plan
 from zsq.bits.latency import measure_latency
 from zsq.bits.layers import layer_facts
+from zsq.bits.tables import bits_tables
 from zsq.config import Override, load_recipe
 from zsq.errors import UsageError
 from zsq.export.deploy import to_integer
@@ -19,7 +20,6 @@ from zsq.export.onnx import write_integer
 from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
-from zsq.tables import bits_tables
 
 #: What an ONNX file calls integer weights.
 WEIGHTS = ("weight_quantized", "weight_quantized_int4")

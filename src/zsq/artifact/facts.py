@@ -17,6 +17,7 @@ from zsq.analysis.runs import diagnose
 from zsq.artifact.networkfile import load_saved_teacher
 from zsq.artifact.runfolder import RunFolder
 from zsq.evaluation.folder import load_images, open_for
+from zsq.runtime.amounts import size
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import read_metrics
 from zsq.runtime.progress import Reporter
@@ -203,8 +204,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _bytes(count: float | None) -> str:
-    from zsq.tables import size
-
     return "" if count is None else size(count)
 
 

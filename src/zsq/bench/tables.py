@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from zsq.tables import new_table, size
+from zsq.runtime.amounts import size
+from zsq.tables import new_table
 
 #: Precisions as the command line names them.
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}

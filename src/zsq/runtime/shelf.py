@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,36 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zsq.errors import RunError, UsageError
+from zsq.errors import RunError
+from zsq.runtime.amounts import size
 from zsq.runtime.machine import usable_memory
 from zsq.runtime.policy import Policy
 
 #: Tensors of a boundary's size that are alive at once: inputs of teacher and student, the target,
 #: and the student's next inputs.
 ALIVE = 4
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_memory(given: str | int) -> int:
-    """Read an amount of memory in bytes.
-
-    Args:
-        given: bytes, or a number with ``KB``, ``MB``, ``GB`` (powers of 1,000), ``KiB``, ``MiB``,
-            ``GiB`` or none.
-
-    Raises:
-        UsageError: not an amount, or not positive.
-
-    Example:
-        >>> parse_memory("1.5GB"), parse_memory("2 GiB")
-        (1500000000, 2147483648)
-    """
-    text = str(given)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    amount = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
-    if amount <= 0:
-        raise UsageError(f"--memory {text!r} is not an amount of memory; write for example 8GB.")
-    return amount
 
 
 def half_of_memory() -> int:
@@ -119,7 +96,7 @@ class Shelf:
             return torch.from_file(name, shared=True, size=count, dtype=torch.float32)
         except OSError as error:
             raise RunError(
-                f"{4 * count / 1e9:.1f} GB of block inputs do not fit the disk of {folder} "
+                f"{size(4 * count)} of block inputs do not fit the disk of {folder} "
                 f"({error.strerror}). Free some space, allow more --memory, or take fewer images with "
                 "--set synthesis.images=N; then run the same command with --resume."
             ) from error
@@ -140,14 +117,10 @@ def describe(shelf: Shelf, shapes: Sequence[Sequence[int]]) -> str:
 
     Example:
         >>> describe(Shelf(10**6), [(64, 3, 8, 8), (64, 16, 32, 32)])
-        'block inputs take up to 8 MB (--memory 1 MB); 1 of 2 boundaries lie in files'
+        'block inputs take up to 8.44 MB (--memory 1.00 MB); 1 of 2 boundaries lie in files'
     """
     sizes = [4 * math.prod(shape) for shape in shapes]
     most = max((max(2 * i + o, i + 2 * o) for i, o in pairwise(sizes)), default=ALIVE * sum(sizes))
     filed = sum(shelf.in_files(shape) for shape in shapes)
     where = f"{filed} of {len(shapes)} boundaries lie in files" if filed else "all in memory"
-    return f"block inputs take up to {_size(most)} (--memory {_size(shelf.budget)}); {where}"
-
-
-def _size(amount: int) -> str:
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"
+    return f"block inputs take up to {size(most)} (--memory {size(shelf.budget)}); {where}"
