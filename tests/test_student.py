@@ -244,6 +244,23 @@ def test_the_steps_in_a_row_are_what_quantize_does():
     )
 
 
+def test_steps_take_pixels_as_quantize_does():
+    """Whoever tries a synthesis of their own has a tensor."""
+    settings = ["tuning.steps=4", "tuning.equalize_steps=3", "tuning.batch=8", "equalize=0.5"]
+    asked = load_recipe("genie", bits="w4a4", settings=settings)
+    torch.manual_seed(0)
+    module = with_own_statistics(Residual())
+    pixels, options = smooth_images(16), {"precision": "fp32", "compile": False}
+    whole = zsq.quantize(module, asked, input_shape=SHAPE, images=pixels, **options)
+    context = Context(0, make_policy(**options))
+    ready, student = zsq.prepare(
+        load_teacher(module, input_shape=SHAPE), asked, pixels, context=context
+    )
+    assert same_weights(zsq.tune(ready, student, pixels, context=context), whole)
+    with pytest.raises(UsageError, match=r"\(3, 4, 4\) but the network takes"):
+        zsq.tune(ready, student, pixels[:, :, :4, :4])
+
+
 @pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])
 def test_what_rounding_learned_in_a_depthwise_layer_of_eight_bits_is_deployed(protocol):
     teacher = teacher_of(Inverted)

@@ -19,11 +19,13 @@ from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save
 from zsq.stages import prepare, synthesize, tune, tune_with_generator
 from zsq.student import Student, attach
+from zsq.synthesis.images import ImageSet
 from zsq.teacher.inspect import inspect_teacher as inspect
 from zsq.teacher.teacher import Teacher, load_teacher
 
 __version__ = version("zsq")
 __all__ = [
+    "ImageSet",
     "Recipe",
     "Student",
     "Teacher",

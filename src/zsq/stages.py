@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from zsq.config import (
@@ -30,7 +28,7 @@ from zsq.settings import OneSynthesis
 from zsq.student import Student, attach, calibrate_student
 from zsq.synthesis.batches import FixedImages
 from zsq.synthesis.genie import synthesize_genie
-from zsq.synthesis.images import Images, ImageSet, predict
+from zsq.synthesis.images import Images, ImageSet, image_set
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.objective import count_classes
 from zsq.synthesis.pixels import synthesize_pixels
@@ -84,11 +82,25 @@ def _made(teacher: Teacher, settings: OneSynthesis, context: Context) -> ImageSe
 
 @own_modes()
 def tune(
-    teacher: Teacher, student: Student, images: ImageSet, *, context: Context | None = None
+    teacher: Teacher, student: Student, images: ImageSet | Tensor, *, context: Context | None = None
 ) -> Student:
-    """Tune a student on images with its recipe's tuner; return it frozen on integers."""
+    """Tune a student with its recipe's tuner.
+
+    Args:
+        teacher: what the student was attached to.
+        student: tuned in place.
+        images: an `ImageSet`, or a normalised tensor (N, C, H, W).
+        context: seed, device, progress, checkpoints; defaults to seed 0 on the CPU in float32.
+
+    Returns:
+        The student, frozen on integers.
+
+    Raises:
+        UsageError: the images do not suit the network, or what the tuner learns from is not there.
+        RunError: a loss became NaN.
+    """
     context = context or Context()
-    images.check(student.info.input_shape)
+    images = image_set(images, teacher, context)
     if isinstance(student.recipe.tuning, Finetuning):
         images.check_labels(count_classes(teacher))
     context.group.align(student.network)
@@ -216,7 +228,7 @@ def tuned(teacher: Teacher, recipe: Recipe, images: ImageSet, context: Context) 
 
 @own_modes()
 def prepare(
-    teacher: Teacher, recipe: Recipe | str = "genie", images: ImageSet | None = None, *,
+    teacher: Teacher, recipe: Recipe | str = "genie", images: ImageSet | Tensor | None = None, *,
     context: Context | None = None,
 ) -> tuple[Teacher, Student]:  # fmt: skip
     """Do everything between images and tuning that a recipe says: fold, equalize, put quantizers on.
@@ -224,7 +236,8 @@ def prepare(
     Args:
         teacher: from `load_teacher`; stays as it is.
         recipe: its protocol, bits, and how channels are equalized.
-        images: which say how large channels are; None where a generator is still to make them.
+        images: an `ImageSet`, or a normalised tensor (N, C, H, W), which say how large channels are; None
+            where a generator is still to make them.
         context: seed, device, progress; defaults to seed 0 on the CPU in float32.
 
     Returns:
@@ -235,6 +248,8 @@ def prepare(
         RunError: the loss became NaN while channels' factors were learned.
     """
     recipe, context = load_recipe(recipe), context or Context()
+    if images is not None:
+        images = image_set(images, teacher, context)
     ready, grids = prepared(teacher, recipe, images, context)
     context.group.align(ready.network)
     student = attach(ready, recipe)
@@ -256,16 +271,11 @@ def choose_images(teacher: Teacher, recipe: Recipe, images: Images, context: Con
 def _given_or_read(
     teacher: Teacher, recipe: Recipe, images: ImageSet | Tensor | str | Path, context: Context
 ) -> ImageSet:
-    shape = teacher.info.input_shape
-    if isinstance(images, ImageSet):
-        return images.check(shape)
-    if isinstance(images, Tensor):
-        given = ImageSet(images, torch.zeros(len(images), dtype=torch.long), {"method": "given"})
-        given = replace(given.check(shape), images=images.float())
-        return ImageSet(given.images, predict(teacher, given.images, context), given.provenance)
+    if isinstance(images, ImageSet | Tensor):
+        return image_set(images, teacher, context)
     opened = open_for(teacher.info, images)
     pixels, labels = load_images(opened, min(recipe.synthesis.images, len(opened)), context.seed)
     provenance: dict[str, object] = {
         "method": "real", "folder": str(images), "seed": context.seed, "synthetic": False,
     }  # fmt: skip
-    return ImageSet(pixels, labels, provenance).check(shape)
+    return ImageSet(pixels, labels, provenance).check(teacher.info.input_shape)

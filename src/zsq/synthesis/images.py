@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -151,6 +151,20 @@ def predict(teacher: Teacher, images: Tensor, context: Context) -> Tensor:
             for part in torch.split(images, 128)
         ]
     )
+
+
+def image_set(images: ImageSet | Tensor, teacher: Teacher, context: Context) -> ImageSet:
+    """Return checked images; those of a tensor (N, C, H, W) have the teacher's predictions for labels.
+
+    Raises:
+        UsageError: the images do not suit the network, see `ImageSet.check`.
+    """
+    shape = teacher.info.input_shape
+    if isinstance(images, ImageSet):
+        return images.check(shape)
+    given = ImageSet(images, torch.zeros(len(images), dtype=torch.long), {"method": "given"})
+    pixels = given.check(shape).images.float()
+    return replace(given, images=pixels, labels=predict(teacher, pixels, context))
 
 
 #: What a run may be given as images: a set, normalised pixels (N, C, H, W), a folder of real ones, or none.
