@@ -9,7 +9,10 @@ from torch import nn
 from zsq import quantize, running
 from zsq.config import load_recipe
 from zsq.errors import UsageError
+from zsq.requests import warn_of_floating
+from zsq.runtime.progress import QuietReporter
 from zsq.synthesis.images import ImageSet
+from zsq.teacher.teacher import load_teacher
 
 SETTINGS = FEW[1:10:2]
 
@@ -40,6 +43,40 @@ def without_norms():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
+class TwoHeads(nn.Module):
+    """Its logits are those of two classifiers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu().mean((2, 3))
+        return torch.cat([self.one(x), self.two(x)], 1)
+
+
+class Attention(nn.Module):
+    """Whose inner layers read sequences first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4)
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu().flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+#: Parts of which the second asks for a classifier's rows.
+PARTS = {"method": "mixed", "images": 8, "parts": ["genie", "qimera"]}
+#: A recipe that begins with a reconstruction, layer by layer.
+STARTS = load_recipe(
+    "hast", schedule="quick", settings=["tuning.start.unit=layer", "tuning.losses.alignment=0"]
+)
+
+
 def ask(out, network, **more):
     return quantize(
         network.eval(), settings=SETTINGS, input_shape=(3, 8, 8), compile=False, precision="fp32",
@@ -58,12 +95,38 @@ def ask(out, network, **more):
     (without_norms, {"images": torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)}, r"uint8.*/ 255"),
     (without_pooling, {"recipe": "intraq"}, "not pooled ones.*class_band=0"),
     (without_pooling, {"recipe": "mixed"}, r"not pooled ones.*synthesis\.parts"),
+    (TwoHeads, {"recipe": "qimera"}, r"2 operands.*synthesis\.embedding=random"),
+    (TwoHeads, {"recipe": load_recipe("mixed", synthesis=PARTS)}, r"2 operands.*embedding=random"),
+    (Attention, {"recipe": "adaround"}, r"attention.*cannot be tuned one by one.*tuning\.unit=block"),
+    (Attention, {"recipe": STARTS}, r"cannot be tuned one by one.*tuning\.start\.unit=block"),
     (without_norms, {"images": NOISE, "recipe": FIRST}, "'0' gives activations 8 bits, and protocol"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):
     with pytest.raises(UsageError, match=says):
         ask(tmp_path / "run", network(), **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_logit_is_no_classifier(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 1))
+    with pytest.raises(UsageError, match=r"one number an image.*two logits.*zeros_like"):
+        ask(tmp_path / "run", network)
+    with pytest.raises(UsageError, match="one number an image"):
+        load_teacher(network, input_shape=(3, 8, 8))
+
+
+def test_a_protocol_that_finds_no_activation_says_so():
+    notes = []
+    reporter = QuietReporter()
+    reporter.note = notes.append
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )  # fmt: skip
+    teacher = load_teacher(network, input_shape=(3, 8, 8))
+    for protocol, said in (("all-low-bit", True), ("edges-8bit", False)):
+        notes.clear()
+        warn_of_floating(teacher, load_recipe("zeroq", protocol=protocol), reporter)
+        assert any("quantizes no activation" in note for note in notes) == said
 
 
 def test_a_folder_of_more_classes_is_refused_where_labels_are_learned_from(tmp_path):

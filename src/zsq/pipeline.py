@@ -139,7 +139,7 @@ def quantize(
     )
     with on_device(policy.device):
         if out is not None and not begun:
-            warn_of_floating(teacher, context.reporter)
+            warn_of_floating(teacher, resolved, context.reporter)
         identity = run_identity(teacher, resolved, seed, policy, images)
         check_agreement(identity, group)
         if out is None:

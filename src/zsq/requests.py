@@ -6,20 +6,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsq.config import Finetuning, MixedSynthesis, PixelSynthesis, Recipe
+from zsq.config import Finetuning, GeneratorSynthesis, MixedSynthesis, PixelSynthesis, Recipe
 from zsq.errors import UsageError
 from zsq.evaluation.folder import ImageFolder, open_for
+from zsq.preparation import reconstruction_of
 from zsq.quantizers.protocol import check_overrides, place
 from zsq.runtime.group import Group
 from zsq.runtime.progress import Reporter
 from zsq.student import prepared_network
 from zsq.synthesis.centers import pooled_width
+from zsq.synthesis.generators import reads_classifier
 from zsq.synthesis.images import Images, ImageSet
 from zsq.synthesis.objective import count_classes
+from zsq.synthesis.qimera import classifier_rows
 from zsq.teacher.inspect import floating_layers
 from zsq.teacher.taps import tap_batch_norms
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.objective import check_terms
+from zsq.tuning.pieces import check_single_layers
 
 
 def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group) -> None:
@@ -39,6 +43,10 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     placed = place(network, recipe.protocol, recipe.bits, recipe.overrides)
     check_overrides(network, placed, recipe.overrides)
     check_terms(teacher, recipe)
+    reconstruction = reconstruction_of(recipe)
+    if reconstruction is not None and reconstruction.unit == "layer":
+        started = isinstance(recipe.tuning, Finetuning)
+        check_single_layers(network, "tuning.start.unit" if started else "tuning.unit")
     if images is None:
         tap_batch_norms(teacher.network)
         _check_features(teacher, recipe)
@@ -57,11 +65,13 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
 
 
 def _check_features(teacher: Teacher, recipe: Recipe) -> None:
-    """Refuse distances to class centres where a classifier reads no pooled features."""
+    """Refuse syntheses that ask for a classifier's rows or pooled features where there are none."""
     synthesis = recipe.synthesis
-    parts = synthesis.parts if isinstance(synthesis, MixedSynthesis) else (synthesis,)
-    if any(isinstance(part, PixelSynthesis) and part.losses.class_band for part in parts):
-        pooled_width(teacher)
+    for part in synthesis.parts if isinstance(synthesis, MixedSynthesis) else (synthesis,):
+        if isinstance(part, PixelSynthesis) and part.losses.class_band:
+            pooled_width(teacher)
+        if isinstance(part, GeneratorSynthesis) and reads_classifier(part):
+            classifier_rows(teacher.network)
 
 
 def _check_folders(opened: ImageFolder, classes: int) -> None:
@@ -73,8 +83,17 @@ def _check_folders(opened: ImageFolder, classes: int) -> None:
         )
 
 
-def warn_of_floating(teacher: Teacher, reporter: Reporter) -> None:
-    """Say before a long run that no integer file will come of it."""
+def warn_of_floating(teacher: Teacher, recipe: Recipe, reporter: Reporter) -> None:
+    """Say before a long run what will stay float that one would not expect to."""
+    placed = place(
+        prepared_network(teacher, recipe), recipe.protocol, recipe.bits, recipe.overrides
+    )
+    if recipe.protocol == "all-low-bit" and not placed.activations:
+        reporter.note(
+            f"protocol {recipe.protocol} quantizes no activation of this network: it looks behind ReLU, ReLU6 and "
+            "hardtanh, and there are none. They stay float while the student is tuned, and have 8 bits in its ONNX "
+            "file; --protocol edges-8bit quantizes what layers read"
+        )
     found = floating_layers(teacher.network)
     if found:
         reporter.note(

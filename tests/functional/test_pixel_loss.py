@@ -46,6 +46,21 @@ def test_zeroq_is_the_published_sum_over_layers_and_channels():
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_values_that_images_have_one_of_are_spread_over_a_batch():
+    """Behind pooling an image cannot have a deviation; else all images would be asked to be alike."""
+    generator = torch.Generator().manual_seed(2)
+    vectors = 2 * torch.randn(3 * 8, 5, generator=generator) + 0.5
+    mean, variance = torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5
+    images = torch.zeros(3 * 8, 3, 4, 4)
+    without = image_statistics_distance(images, [], [], [], 3)
+    for x in (vectors, vectors[:, :, None, None]):
+        found = image_statistics_distance(images, [x], [mean], [variance], 3) - without
+        for group, part in enumerate(vectors.double().split(8)):
+            gap = part.mean(0) - mean
+            spread = (part.var(0) + 1e-6).sqrt() - (variance.double() + 1e-6).sqrt()
+            assert found[group].item() == pytest.approx((gap**2 + spread**2).sum().item(), rel=1e-4)
+
+
 def test_batch_statistics_are_those_of_each_batch_alone():
     inputs, means, variances = layers(groups=3)
     together = batch_statistics_distance(inputs, means, variances, 3)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.networks import Residual, network_of, smooth_images, with_own_statistics
+from helpers.networks import Net, Residual, conv, network_of, smooth_images, with_own_statistics
 from helpers.students import labelled_images
 from torch.fx import Interpreter
 
@@ -23,7 +23,7 @@ from zsq.synthesis.images import ImageSet
 from zsq.teacher.fold import module_of
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.layers import BatchNorm
-from zsq.teacher.teacher import ModelInfo, Teacher
+from zsq.teacher.teacher import ModelInfo, Teacher, load_teacher
 from zsq.tuning import finetune as module
 from zsq.tuning import ranges as searching
 
@@ -441,6 +441,17 @@ def test_a_network_without_clamps_or_batch_norms_in_places_still_tunes():
     one = Teacher(network_of(net).requires_grad_(False), ModelInfo("mixed", (3, 8, 8)))
     student, _ = tune_with_generator(one, attach(one, recipe()))
     assert set(student.quantizers()) == {"hardtanh_default"} or len(student.quantizers()) == 1
+
+
+def test_weights_may_be_all_there_is_to_learn():
+    """Without batch norms and biases."""
+    plain = Net(lambda n, x: n.a(x).relu(), a=conv(bias=False))
+    plain.fc.bias = None
+    bare = load_teacher(plain, input_shape=(3, 8, 8))
+    student = attach(bare, recipe("gdfq", "tuning.steps=3"))
+    before = student.layers()["a"].weight.master.clone()
+    tuned = tune(bare, student, real(bare))
+    assert not torch.equal(before, tuned.layers()["a"].weight())
 
 
 def test_the_ait_recipes_differ_from_their_hosts_by_the_ait_lines_only():

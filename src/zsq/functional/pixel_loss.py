@@ -80,7 +80,9 @@ def image_statistics_distance(
     """Distance of every *image's* mean and standard deviation from the stored ones (ZeroQ), (groups,).
 
     Summed over layers and channels, averaged over images; unbiased variances, 1e-6 inside the root.
-    The image itself counts as a layer, with mean 0 and standard deviation 1.
+    The image itself counts as a layer, with mean 0 and standard deviation 1. Where an image has one value per
+    channel (behind pooling, in networks of vectors) that value alone says nothing of a spread, and asking every
+    image for the mean would make all alike: there the values of a batch count as those of one image.
 
     Args:
         images: (groups * N, C, H, W), normalised.
@@ -90,14 +92,20 @@ def image_statistics_distance(
         groups: batches side by side.
     """
     zero = torch.zeros(images.shape[1], device=images.device)
-    total = _image_distance(images, zero, zero + 1.0 - VARIANCE_EPS)
+    total = _spread_distance(_centered(images, zero), zero + 1.0 - VARIANCE_EPS)
+    of_batches = torch.zeros(groups, device=images.device)
     for x, mean, variance in zip(inputs, means, variances, strict=True):
-        total = total + _image_distance(x, mean, variance)
-    return per_group(total, groups)
+        values = _centered(x, mean)
+        if values.shape[2] == 1:
+            batches = values.reshape(groups, -1, len(mean)).transpose(1, 2)
+            of_batches = of_batches + _spread_distance(batches, variance)
+        else:
+            total = total + _spread_distance(values, variance)
+    return per_group(total, groups) + of_batches
 
 
-def _image_distance(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    flat = _centered(x, mean)
+def _spread_distance(flat: Tensor, variance: Tensor) -> Tensor:
+    """Distance of mean and deviation of the values (N, C, count), less the stored mean, from 0 and the stored one."""
     count = flat.shape[2]
     offset = flat.mean(2)
     biased = ((flat * flat).mean(2) - offset * offset).clamp(min=0)

@@ -34,6 +34,13 @@ def build_generator(
     return _BUILDERS[settings.generator](teacher, settings, classes, context)
 
 
+def reads_classifier(settings: GeneratorSynthesis) -> bool:
+    """Whether a generator starts at the rows of the teacher's classifier, or is as wide as they are."""
+    return settings.generator == "qimera" and (
+        settings.embedding == "classifier" or settings.latent is None
+    )
+
+
 def _gdfq(
     teacher: Teacher, settings: GeneratorSynthesis, classes: int, context: Context
 ) -> nn.Module:
@@ -47,7 +54,7 @@ def _qimera(
     teacher: Teacher, settings: GeneratorSynthesis, classes: int, context: Context
 ) -> nn.Module:
     extracted, latent = settings.embedding == "classifier", settings.latent
-    rows = classifier_rows(teacher.network) if extracted or latent is None else None
+    rows = classifier_rows(teacher.network) if reads_classifier(settings) else None
     if latent is None and rows is not None:
         latent = rows.shape[1]
     assert latent is not None

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.config import PixelSynthesis
-from zsq.errors import UsageError
 from zsq.functional.crop import crop, random_windows
 from zsq.functional.noise import start_noise
 from zsq.functional.pixel_loss import (
@@ -128,11 +127,6 @@ class _Objective:
     def __init__(self, teacher: Teacher, settings: PixelSynthesis, context: Context) -> None:
         policy = context.policy
         self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
-        if not self.weights:
-            raise UsageError(
-                f"synthesis.losses has no term with a weight; choose among {', '.join(TERMS)}, e.g. "
-                "--set synthesis.losses.batch_statistics=1."
-            )
         self.with_features = "class_band" in self.weights
         tapped, targets = tap_batch_norms(
             teacher.network, logits=True, features=self.with_features
@@ -178,7 +172,7 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
         else the teacher's predictions.
 
     Raises:
-        UsageError: no batch norm has running statistics, no term has weight, or a term needs
+        UsageError: no batch norm has running statistics, or a term needs
             pooled features that the network does not have.
         RunError: the loss became NaN.
     """

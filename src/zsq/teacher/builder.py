@@ -24,22 +24,9 @@ from zsq.teacher.layers import (
     resolve_operator,
 )
 from zsq.teacher.shapes import expression_of, noted_shape
+from zsq.teacher.spelling import ALIASES, ASSERTIONS, COPIES, changes_nothing, respelled
 from zsq.teacher.tree import add_module, as_node, attribute, child, flat, plain
 
-#: Contiguity copies are dropped, so a view may meet any layout; reshape does the same then.
-_VIEWS = {
-    "aten.view.default": "aten.reshape.default",
-    "aten._unsafe_view.default": "aten.reshape.default",
-}
-#: Operators without effect here. Copies have one only on who sees a later write to them.
-_COPIES = frozenset({"clone", "lift_fresh_copy"})
-_ALIASES = frozenset(
-    {"alias", "detach", "detach_", "contiguous"}
-    | {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"}
-)
-#: Operators, and the number that they change nothing with.
-_NEUTRAL = {"aten.mul.Tensor": 1, "aten.div.Tensor": 1, "aten.add.Tensor": 0, "aten.sub.Tensor": 0}
-_ASSERTIONS = ("_assert", "sym_constrain")
 _BATCH_NORMS = frozenset(
     {"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}
 )
@@ -58,19 +45,6 @@ def several_inputs(count: int) -> UsageError:
         f"the model takes {count} inputs; zsq needs exactly one image tensor. "
         "Wrap the model in a module whose forward takes one tensor."
     )
-
-
-def _changes_nothing(node: Node, name: str) -> bool:
-    """Whether a node multiplies or divides by 1, or adds or subtracts 0, as configurable blocks do.
-
-    Such nodes vanish when the network is exported, and quantizers on either side of them would meet.
-    """
-    source = node.args[0] if node.args else None
-    if name not in _NEUTRAL or len(node.args) != 2 or node.kwargs or not isinstance(source, Node):
-        return False
-    before, after = source.meta.get("val"), node.meta.get("val")
-    same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
-    return same and isinstance(node.args[1], int | float) and node.args[1] == _NEUTRAL[name]
 
 
 class NetworkBuilder:
@@ -143,14 +117,14 @@ class NetworkBuilder:
     def _call(self, node: Node) -> None:
         name = operator_name(node.target)
         short = name.split(".")[1] if "." in name else name
-        if short.startswith(_ASSERTIONS):
+        if short.startswith(ASSERTIONS):
             return
         if self._is_constant(node):
             self._fold_constant(node)
-        elif short in _ALIASES or short in _COPIES or _changes_nothing(node, name):
+        elif short in ALIASES or short in COPIES or changes_nothing(node, name):
             source = as_node(node.args[0])
             self.new[node] = self.new[source]
-            if short in _ALIASES:
+            if short in ALIASES:
                 self.memory[node] = self._owner(source)
         elif name in LAYER_OPERATORS and self._weight_is_constant(node):
             self.new[node] = self._layer(node, name)
@@ -260,12 +234,12 @@ class NetworkBuilder:
                 f"the model calls the operator {name!r}, which is not a standard (aten) operator; "
                 "rewrite that part with standard torch functions."
             )
-        plain_name = out_of_place(name) if is_inplace(node) else name
-        function = resolve_operator(_VIEWS.get(plain_name, plain_name))
         operands: Any = torch.fx.map_arg((node.args, node.kwargs), self._operand)
         args, kwargs = operands
         arguments: Any = plain(tuple(args))
-        created = self.graph.call_function(function, arguments, dict(kwargs))
+        plain_name = out_of_place(name) if is_inplace(node) else name
+        spelled, arguments = respelled(node, plain_name, arguments)
+        created = self.graph.call_function(resolve_operator(spelled), arguments, dict(kwargs))
         self.new[node] = self._noted(node, created, self._path(node))
         if is_inplace(node):
             self._overwrite(node)

@@ -98,8 +98,9 @@ def classifier_node(network: GraphModule) -> Node:
         if len(operands) != 1:
             raise UsageError(
                 f"the network's logits come from {node.name!r}, which has {len(operands)} operands "
-                "where a single classifier layer was expected; settings that need the classifier "
-                "(its rows, its features) do not work with this network."
+                "where a single classifier layer was expected. Do without its rows (Qimera: --set "
+                "synthesis.embedding=random --set synthesis.latent=64) or its features (IntraQ: --set "
+                "synthesis.losses.class_band=0)."
             )
         node = operands[0]
     return node

@@ -167,6 +167,12 @@ def _check_runs(network: GraphModule, info: ModelInfo) -> None:
             f"the network returns shape {tuple(output.shape)} for 3 images; zsq needs logits of "
             "shape (3, classes). Wrap the model so that it returns class logits."
         )
+    if output.shape[1] == 1:
+        raise UsageError(
+            "the network returns one number an image; zsq compares answers as shares of classes, of which one is "
+            "always all. Wrap the model so that it returns two logits, torch.cat([torch.zeros_like(z), z], 1) of "
+            "its number z before any sigmoid: their softmax is that sigmoid."
+        )
     if not bool(torch.isfinite(output).all()):
         raise UsageError(
             "the network returns NaN or Inf for an image of zeros, though its weights are finite; "

@@ -141,7 +141,7 @@ class FineTuner:
             ),
         )  # fmt: skip
         self.rest_rule = torch.optim.SGD(
-            self.rest, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
+            [{"params": self.rest}], lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.objective = Objective(teacher, student, settings, context)

@@ -23,8 +23,8 @@ from zsq.teacher.blocks import block_outputs, tap_nodes
 from zsq.teacher.teacher import ModelInfo, Teacher
 
 
-def aligned_blocks(network: GraphModule, info: ModelInfo) -> list[str]:
-    """Return the block outputs that feature terms compare.
+def aligned_blocks(network: GraphModule, info: ModelInfo) -> dict[str, int]:
+    """Return the block outputs that feature terms compare, and the axis of their channels.
 
     Raises:
         UsageError: there are none.
@@ -45,7 +45,7 @@ def check_terms(teacher: Teacher, recipe: Recipe) -> None:
         UsageError: features are compared and there are none.
     """
     tuning = recipe.tuning
-    if isinstance(tuning, Finetuning) and tuning.losses.alignment:
+    if isinstance(tuning, Finetuning) and _compares_features(tuning):
         aligned_blocks(prepared_network(teacher, recipe), teacher.info)
 
 
@@ -78,6 +78,13 @@ TERMS: dict[str, Callable[[Tensor, tuple[Tensor, ...], Lesson, Finetuning], Tens
 FEATURE_TERMS = frozenset({"alignment"})
 
 
+def _compares_features(settings: Finetuning) -> bool:
+    """Whether a term that is learned from, or whose gradient is watched, compares block outputs."""
+    learned = {name for name, weight in settings.losses.model_dump().items() if weight}
+    watched = settings.agreement_terms if settings.agreement_every else ()
+    return bool(FEATURE_TERMS & {*learned, *watched})
+
+
 class Objective:
     """The student's loss on a batch.
 
@@ -99,12 +106,9 @@ class Objective:
         self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
         self.names = list(self.weights)
         network = prepared_network(teacher, student.recipe)
-        looked_at = {*self.names, *(settings.agreement_terms if settings.agreement_every else ())}
-        aligned = FEATURE_TERMS & looked_at
-        blocks = aligned_blocks(network, student.info) if aligned else []
-        self.blocks = blocks
-        self.student = tap_nodes(student.network, blocks)
-        self.teacher = policy.place(tap_nodes(network, blocks)).requires_grad_(False)
+        self.blocks = aligned_blocks(network, student.info) if _compares_features(settings) else {}
+        self.student = tap_nodes(student.network, self.blocks)
+        self.teacher = policy.place(tap_nodes(network, self.blocks)).requires_grad_(False)
         # on a CPU a compiled student is no faster: convolutions and batch norms are its whole time
         worth = policy.device.type == "cuda" and policy.worth_compiling(settings.steps)
         # two passes before a step add up one gradient, and a CUDA graph writes its own over the last one's
@@ -125,7 +129,7 @@ class Objective:
         watched = contextlib.nullcontext() if differentiable else torch.no_grad()
         with watched, self.policy.autocast():
             logits, *features = self.teacher(batch.images)
-        return Lesson(logits.float(), batch.targets, tuple(features))
+        return Lesson(logits.float(), batch.targets, self._channels_first(features))
 
     def __call__(self, images: Tensor, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its weighted terms; one pass of the student."""
@@ -136,7 +140,13 @@ class Objective:
         """Return terms by name, unweighted, whether the student learns from them or not."""
         with self.policy.autocast():
             outputs, *ours = self.student(images)
-        return {name: TERMS[name](outputs, tuple(ours), lesson, self.settings) for name in names}
+        features = self._channels_first(ours)
+        return {name: TERMS[name](outputs, features, lesson, self.settings) for name in names}
+
+    def _channels_first(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return block outputs as (N, C, H, W), wherever a network has their channels."""
+        axes = self.blocks.values()
+        return tuple(x.movedim(axis, 1) for x, axis in zip(features, axes, strict=True))
 
     def _terms(
         self, images: Tensor, logits: Tensor, targets: Tensor, *features: Tensor

@@ -14,7 +14,7 @@ from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.layers import QuantizedLayer
 from zsq.quantizers.protocol import CLAMPS, layer_nodes
 from zsq.student import Student
-from zsq.teacher.fold import module_of
+from zsq.teacher.fold import module_of, tensor_inputs
 from zsq.teacher.layers import BatchNorm, operator_name
 from zsq.teacher.pieces import cut_piece
 from zsq.teacher.regions import find_regions
@@ -165,14 +165,27 @@ def layer_pieces(network: GraphModule, student: GraphModule) -> list[Piece]:
     Raises:
         UsageError: a layer reads or puts out a tensor whose first axis does not count images.
     """
-    pieces = _single_layers(network, student)
-    if not _in_batches(network, pieces):
-        raise UsageError(
-            "some layers of this network read tensors whose first axis does not count images (sequences first, as "
-            "inside of nn.MultiheadAttention), so they cannot be tuned one by one in batches; add --set "
-            "tuning.unit=block."
-        )
-    return _each_quantizer_once(pieces)
+    check_single_layers(network)
+    return _each_quantizer_once(_single_layers(network, student))
+
+
+def check_single_layers(network: GraphModule, setting: str = "tuning.unit") -> None:
+    """Refuse to tune layers one by one in a network where that cannot be done in batches.
+
+    Args:
+        network: the float network.
+        setting: that says what is tuned at a time.
+
+    Raises:
+        UsageError: a layer reads or puts out a tensor whose first axis does not count images.
+    """
+    for layer in layer_nodes(network):
+        if not all(map(is_batch_first, (*tensor_inputs(layer), layer))):
+            raise UsageError(
+                f"the layer {str(layer.target)!r} reads tensors whose first axis does not count images (sequences "
+                "first, as inside of nn.MultiheadAttention), so layers of this network cannot be tuned one by one "
+                f"in batches; add --set {setting}=block."
+            )
 
 
 def _single_layers(network: GraphModule, student: GraphModule) -> list[Piece]:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks say the same in several ways; what is found in them does not depend on how."""
+
+import pytest
+import torch
+from helpers.networks import Net, conv, images, network_of
+from torch.nn import functional
+
+from zsq.config import Bits
+from zsq.quantizers.protocol import place
+from zsq.teacher.layers import operator_name
+
+RELU, BOUNDED = "aten.relu.default", "aten.hardtanh.default"
+WAYS = {
+    "clamp": (lambda x: x.clamp(min=0), RELU),
+    "clamp_": (lambda x: x.clamp_(min=0), RELU),
+    "clamp_min": (lambda x: x.clamp_min(0.0), RELU),
+    "threshold": (lambda x: functional.threshold(x, 0, 0), RELU),
+    "bounded": (lambda x: x.clamp(0, 6), BOUNDED),
+    "bounded by little": (lambda x: x.clamp(0, 0.25), BOUNDED),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_activations_are_found_however_they_are_written(way):
+    function, expected = WAYS[way]
+    module = Net(lambda n, x: n.b(function(n.a(x))), a=conv(), b=conv(4, 4))
+    network = network_of(module)
+    x = 3 * images()
+    assert torch.equal(network(x), module(x))
+    assert expected in {operator_name(node.target) for node in network.graph.nodes}
+    assert list(place(network, "all-low-bit", Bits.parse("w2a2")).activations.values()) == [2]
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.clamp(min=0.1), lambda x: x.clamp(max=0.5), lambda x: functional.threshold(x, 0.2, 0),
+    lambda x: functional.threshold(x, 0, 1), lambda x: x.clamp(-1, 1), lambda x: torch.maximum(x, x.mean()),
+])  # fmt: skip
+def test_other_bounds_stay_what_they_are(function):
+    module = Net(lambda n, x: n.b(function(n.a(x))), a=conv(), b=conv(4, 4))
+    network = network_of(module)
+    x = 3 * images()
+    assert torch.equal(network(x), module(x))
+    assert not place(network, "all-low-bit", Bits.parse("w2a2")).activations
