@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from helpers.runs import FEW, SHAPE, write_model, zsq
 from safetensors.torch import load_file
 
+from zsq.errors import RunError
 from zsq.runtime import policy
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.tuning import compiling
@@ -101,6 +103,16 @@ def test_a_killed_run_ends_with_the_same_weights(whole):
     assert weights(whole / "killed") == weights(whole / "whole")
 
 
+def test_a_folder_that_is_deleted_meanwhile_ends_the_run(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run").mkdir()
+    checkpoints.save("first", {"x": torch.ones(1)})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RunError, match=r"the folder .*run is gone"):
+        checkpoints.save("second", {"x": torch.ones(1)})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_with_another_run_is_left_alone(whole, monkeypatch, capsys):
     before = (whole / "whole" / "run.json").read_bytes()
     for more, says in (
@@ -108,6 +120,7 @@ def test_a_folder_with_another_run_is_left_alone(whole, monkeypatch, capsys):
         (("--bits", "w8a8"), "another run"),
         (("--bits", "w8a8", "--resume"), "bits"),
         (("--seed", "3", "--resume"), "seed"),
+        (("--mean", "0.4,0.4,0.4", "--resume"), "mean was"),
     ):
         code, _, err = zsq(monkeypatch, capsys, *arguments(whole, "whole", *more))
         assert code == 2

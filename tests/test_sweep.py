@@ -11,6 +11,7 @@ from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, z
 
 from zsq import cli, sweep
 from zsq.errors import RunError, UsageError, ZsqError
+from zsq.runtime import machine
 from zsq.sweep import Sweep, _locally, run_sweep
 from zsq.sweep_ray import run_on_ray
 
@@ -98,13 +99,48 @@ def test_a_cell_that_fails_says_why_and_stops_nothing(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("text", "message"),
     [("recipes: [genie]", "models"), ("models: []\nrecipes: [a]", "models"), ("a: [", "cannot be read"),
-     ("models: [a]\nrecipes: [b]\ncolour: red", "colour")],
+     ("models: [a]\nrecipes: [b]\ncolour: red", "colour"),
+     ("models: [a.py:f, ./a.py:f]\nrecipes: [b]", "share the folder a_py_f.b.w4a4.0")],
 )  # fmt: skip
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
         Sweep.load(tmp_path / "s.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_does_not_exist_is_the_error_of_its_cell():
+    """The last line of what the command line says then is the border of a box."""
+    assert "No such option: --nonsense" in sweep._zsq(["quantize", "--nonsense"], 1)
+
+
+PARENT = """
+import os, runpy, subprocess, sys, threading
+machine = runpy.run_path(sys.argv[1])
+child = '''
+import runpy, sys, time
+machine = runpy.run_path(sys.argv[1])
+machine["end_with_parent"]()
+print("up", flush=True)
+time.sleep(60)
+'''
+run = lambda: subprocess.run(
+    [sys.executable, "-c", child, sys.argv[1]], env=os.environ | {machine["ENDS_WITH_PARENT"]: str(os.getpid())}
+)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such call")
+def test_cells_end_with_their_sweep():
+    """Killed, it would leave them at work on folders that the next one finds taken."""
+    command = [sys.executable, "-c", PARENT, machine.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "up\n"
+        parent.kill()
+        assert parent.stdout.read() == ""  # the end: nobody holds the pipe any more
 
 
 def test_a_missing_file_and_no_worker_are_refused(tmp_path):

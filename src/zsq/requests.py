@@ -6,7 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsq.config import Finetuning, GeneratorSynthesis, MixedSynthesis, PixelSynthesis, Recipe
+from zsq.config import (
+    Finetuning,
+    GeneratorSynthesis,
+    MixedSynthesis,
+    PixelSynthesis,
+    Recipe,
+    Reconstruction,
+)
 from zsq.errors import UsageError
 from zsq.evaluation.folder import ImageFolder, open_for
 from zsq.preparation import reconstruction_of
@@ -47,6 +54,7 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     if reconstruction is not None and reconstruction.unit == "layer":
         started = isinstance(recipe.tuning, Finetuning)
         check_single_layers(network, "tuning.start.unit" if started else "tuning.unit")
+    _check_batches(recipe, images, group)
     if images is None:
         tap_batch_norms(teacher.network)
         _check_features(teacher, recipe)
@@ -62,6 +70,17 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
         opened = open_for(teacher.info, images)
         if isinstance(recipe.tuning, Finetuning):
             _check_folders(opened, count_classes(teacher))
+
+
+def _check_batches(recipe: Recipe, images: Images, group: Group) -> None:
+    """Refuse more processes than there are images in a step."""
+    given = images.images if isinstance(images, ImageSet) else images
+    count = len(given) if isinstance(given, Tensor) else recipe.synthesis.images
+    tuning = recipe.tuning
+    if isinstance(tuning, Finetuning | Reconstruction):
+        group.check_batch(min(tuning.batch, count), "tuning.batch")
+    if isinstance(tuning, Finetuning) and tuning.start is not None:
+        group.check_batch(min(tuning.start.batch, count), "tuning.start.batch")
 
 
 def _check_features(teacher: Teacher, recipe: Recipe) -> None:

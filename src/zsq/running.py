@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
 from zsq.runtime.metrics import MetricsLog
 from zsq.runtime.progress import Reporter
-from zsq.stages import choose_images, learns_together, produce, tuned
+from zsq.stages import choose_images, first_images, learns_together, produce, tuned
 from zsq.student import Student, prepared_network
 from zsq.synthesis.images import Images, ImageSet
 from zsq.teacher.teacher import Teacher
@@ -122,6 +122,11 @@ def make_student(
                 student, chosen = produce(teacher, recipe, None, context)
             _save_images(folder, chosen)
             _save_student(folder, student)
+        elif equalization_steps(recipe):
+            quiet = replace(context, metrics=None)
+            _learn_again(
+                folder, teacher, recipe, lambda: first_images(teacher, recipe, quiet), context
+            )
     else:
         if not have_images:
             with _timed(folder, "images"):
@@ -133,19 +138,25 @@ def make_student(
                 student = tuned(teacher, recipe, chosen, context)
             _save_student(folder, student)
         elif equalization_steps(recipe):
-            _learn_again(folder, teacher, recipe, pictures, context)
+            _learn_again(
+                folder, teacher, recipe,
+                lambda: ImageSet.shared(group, lambda: ImageSet.load(pictures)), context,
+            )  # fmt: skip
     return load_shared_student(result, group)
 
 
 def _learn_again(
-    folder: RunFolder | None, teacher: Teacher, recipe: Recipe, pictures: Path, context: Context
+    folder: RunFolder | None,
+    teacher: Teacher,
+    recipe: Recipe,
+    images: Callable[[], ImageSet],
+    context: Context,
 ) -> None:
     """Make the file again that says how a finished student's channels were equalized, if it is lost."""
     group = context.group
     kept = group.from_first(lambda: folder and folder.file("equalization.safetensors").exists())
     if not kept:
-        chosen = ImageSet.shared(group, lambda: ImageSet.load(pictures))
-        prepared(teacher, recipe, chosen, context)
+        prepared(teacher, recipe, images(), context)
         if folder is not None:
             _keep_for_analysis(folder)
 
@@ -167,7 +178,8 @@ def export_run(
         student, float_network, images.images[:EXPORT_IMAGES], destination,
         target=target, allow_partial=allow_partial,
     )  # fmt: skip
-    save_student(integer, folder.file("integer.safetensors"))
+    if folder.is_writable():
+        save_student(integer, folder.file("integer.safetensors"))
     folder.record["results"]["export"] = report.to_dict()
     return report
 

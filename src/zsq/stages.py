@@ -215,6 +215,14 @@ def _produce_together(
     return _start_together(ready, student, warmed, images, context)
 
 
+def first_images(teacher: Teacher, recipe: Recipe, context: Context) -> ImageSet:
+    """Return the images that a student was equalized and begun on which then learned together with their generator."""
+    settings, tuning = recipe.synthesis, recipe.tuning
+    assert isinstance(settings, GeneratorSynthesis)
+    assert isinstance(tuning, Finetuning)
+    return warmed_generator(teacher, settings, context, tuning.steps)[1]
+
+
 def learns_together(recipe: Recipe, images: Images) -> bool:
     """Whether the images of a run come from a generator that learns with the student."""
     return images is None and has_a_learning_generator(recipe)

@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from zsq.errors import UsageError, yaml_problem
-from zsq.runtime.files import atomic_write
-from zsq.runtime.machine import usable_cores
+from zsq.runtime.files import atomic_write, make_folder
+from zsq.runtime.machine import ENDS_WITH_PARENT, usable_cores
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.settings import Part
 from zsq.sweep_ray import run_on_ray
@@ -69,6 +69,14 @@ class Sweep(Part):
                 f"the sweep {path}: {key}: {first['msg']}; it needs `models` and `recipes`, and may "
                 "hold `bits`, `seeds`, `schedule`, `settings`, `options` and `data`."
             ) from error
+
+    @model_validator(mode="after")
+    def _has_every_cell_once(self) -> Self:
+        folders = [cell.folder for cell in self.cells()]
+        twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+        if twice:
+            raise ValueError(f"two cells would share the folder {twice[0]}")
+        return self
 
     def asks_for_gpu(self) -> bool:
         """Return whether cells run on a GPU.
@@ -142,7 +150,9 @@ def run_sweep(
     if workers < 1:
         raise UsageError(f"--workers {workers} must be at least 1.")
     place, cells = Path(out).absolute(), sweep.cells()
-    place.mkdir(parents=True, exist_ok=True)
+    if (place / "run.json").exists():
+        raise UsageError(f"{out} holds a run; choose another folder for the sweep with -o.")
+    make_folder(place)
     rows: dict[Cell, dict[str, Any]] = {}
     reporter = reporter or QuietReporter()
     work = functools.partial(_run_cell, sweep, place)
@@ -217,7 +227,9 @@ def _command(sweep: Sweep, cell: Cell, folder: Path) -> list[str]:
 
 def _zsq(arguments: Sequence[str], threads: int, gpu: str | None = None) -> str:
     """Run a command of zsq, which sees one GPU alone if one is named; return its complaint, or nothing."""
-    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    environment = (
+        {"OMP_NUM_THREADS": str(threads)} | os.environ | {ENDS_WITH_PARENT: str(os.getpid())}
+    )
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     done = subprocess.run(
@@ -226,8 +238,10 @@ def _zsq(arguments: Sequence[str], threads: int, gpu: str | None = None) -> str:
     )  # fmt: skip
     if done.returncode == 0:
         return ""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    lines = [
+        line for line in done.stderr.splitlines() if re.search(r"\w", line)
+    ]  # some are a box's borders
+    return lines[-1].strip(" │|") if lines else f"exit code {done.returncode}"
 
 
 def _record(folder: Path) -> dict[str, Any]:

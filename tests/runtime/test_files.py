@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zsq.errors import RunError, UsageError
-from zsq.runtime.files import atomic_write, check_destination, remove_leftovers
+from zsq.runtime.files import atomic_write, check_destination, make_folder, remove_leftovers
 
 
 @contextmanager
@@ -161,10 +161,30 @@ def test_what_killed_writers_left_is_found_by_its_name(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "a.txt"]
 
 
+def test_so_is_what_safetensors_left(tmp_path):
+    """It writes to a file of its own beside the one it is told, as large as the data."""
+    for name in (".tmpJSR6O7", ".tmp", ".tmpfolder-of-mine"):
+        (tmp_path / name).write_text("half")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp", ".tmpfolder-of-mine"]
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_the_work(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="cannot make the folder"):
+            make_folder(place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_place_where_no_file_can_be_written_is_known_before_the_work(tmp_path, monkeypatch):
     for path, says in ((tmp_path, "is a folder"), (tmp_path / "missing" / "a", "no folder")):
         with pytest.raises(UsageError, match=says):
             check_destination(path)
+    with pytest.raises(UsageError, match=r"ends in \.html or \.htm"):
+        check_destination(tmp_path / "page.md", (".html", ".htm"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root everything is writable
     with pytest.raises(UsageError, match="not writable"):
         check_destination(tmp_path / "a")

@@ -20,13 +20,20 @@ def run_identity(
     teacher: Teacher, recipe: Recipe, seed: int, policy: Policy, images: Images
 ) -> dict[str, object]:
     """Return everything that decides a run's result; the number of processes does not."""
+    info = teacher.info
     return {
-        "model": teacher.info.reference, "network": fingerprint(teacher.network),
+        "model": info.reference, "network": fingerprint(teacher.network),
         "recipe": json.loads(recipe.model_dump_json()), "seed": seed,
         "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
         "compile": policy.compile, "images": name_of(images),
-        "resize": None if images is None else teacher.info.resize,
+        "resize": None if images is None else info.resize,
+        "input_shape": list(info.input_shape), "mean": _plain(info.mean), "std": _plain(info.std),
     }  # fmt: skip
+
+
+def _plain(values: tuple[float, ...] | None) -> list[float] | None:
+    """Return numbers as JSON gives them back."""
+    return None if values is None else [float(value) for value in values]
 
 
 def check_agreement(identity: dict[str, object], group: Group) -> None:

@@ -19,16 +19,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zsq.errors import RunError, UsageError
+from zsq.errors import UsageError
 from zsq.runtime.environment import environment
 from zsq.runtime.files import (
     atomic_write,
     is_leftover,
     lock_folder,
+    make_folder,
     remove_leftovers,
     unlock_folder,
 )
@@ -66,8 +69,8 @@ class RunFolder:
             resume: go on with an unfinished run.
 
         Raises:
-            UsageError: the folder holds another run, or something else, or another process works on it.
-            RunError: the folder cannot be made.
+            UsageError: the folder holds another run, or something else, or cannot be made, or another process
+                works on it.
         """
         path = Path(path)
         if (path / "run.json").exists():
@@ -90,12 +93,7 @@ class RunFolder:
                 f"{path} is not an empty folder and holds no zsq run; choose another folder with -o, "
                 "nothing in this one was touched."
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot create {path}: {error.strerror}; choose another folder."
-            ) from error
+        make_folder(path)
         lock = lock_folder(path)
         remove_leftovers(path)
         folder = cls(path, {
@@ -109,6 +107,10 @@ class RunFolder:
             folder.release()
             raise
         return folder
+
+    def is_writable(self) -> bool:
+        """Return whether files can be added to the run; those of others, on a read-only disk, can only be read."""
+        return os.access(self.path, os.W_OK | os.X_OK)
 
     def release(self) -> None:
         """Let other processes work on the run."""
@@ -183,10 +185,11 @@ class RunFolder:
     def withdraw(self) -> None:
         """Empty the folder of a run that this object began and that has made nothing yet."""
         beginnings = {"run.json", "recipe.yaml", "teacher.safetensors", "metrics.jsonl"}
-        found = list(self.path.iterdir())
-        if self.begun and {file.name for file in found} <= beginnings:
-            for file in found:
-                file.unlink()
+        with suppress(OSError):  # somebody may have deleted it, and what went wrong is to be seen
+            found = list(self.path.iterdir())
+            if self.begun and {file.name for file in found} <= beginnings:
+                for file in found:
+                    file.unlink()
 
     def file(self, name: str) -> Path:
         """Return the path of one of the folder's files."""
@@ -221,6 +224,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
+        if key not in before and key in ("input_shape", "mean", "std"):
+            continue  # a run of a version that did not note them
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 
 from zsq.artifact.runfolder import RunFolder
-from zsq.config import load_recipe
+from zsq.config import Recipe
 from zsq.errors import UsageError
 from zsq.preparation import equalization_steps
 from zsq.runtime.checkpoints import check_tensors
@@ -21,21 +21,23 @@ TENSORS = (
     "integer.safetensors",
 )
 MODEL = "model.onnx"
+#: What those have beside that whose channels were equalized by learned factors.
+EQUALIZATION = "equalization.safetensors"
 
 
 def is_complete(folder: RunFolder) -> bool:
     """Return whether a run is done and all of its results are there."""
     names = ["recipe.yaml", MODEL, *TENSORS]
-    recipe = folder.file("recipe.yaml")
-    if recipe.exists() and equalization_steps(load_recipe(recipe)):
-        names.append("equalization.safetensors")
+    if equalization_steps(Recipe.model_validate(folder.record["identity"]["recipe"])):
+        names.append(EQUALIZATION)
     there = all(folder.file(name).exists() for name in names)
     return there and folder.record.get("status") == "done"
 
 
 def has_report(folder: RunFolder) -> bool:
     """Return whether a run's report is there."""
-    return all(folder.file(name).exists() for name in ("report.html", "report.md"))
+    names = ("report.html", "report.md", "diagnosis.json", "diagnosis.png")
+    return all(folder.file(name).exists() for name in names)
 
 
 def check_files(folder: RunFolder) -> None:
@@ -44,7 +46,7 @@ def check_files(folder: RunFolder) -> None:
     Raises:
         UsageError: one is truncated or something else; names it.
     """
-    for name in TENSORS:
+    for name in (*TENSORS, EQUALIZATION):
         if folder.file(name).exists():
             check_tensors(folder.file(name))
     if folder.file(MODEL).exists():

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zsq.errors import UsageError
+from zsq.errors import RunError, UsageError
 from zsq.runtime.files import atomic_write
 from zsq.runtime.group import Group
 
@@ -64,9 +64,15 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, ValueError) as error:
+        in_run = any((folder / "run.json").exists() for folder in path.absolute().parents[:2])
+        advice = (
+            "Delete it and run the same command with --resume to make it again."
+            if in_run
+            else "Give a file that zsq wrote, or the folder of the run that it is in."
+        )
         raise UsageError(
             f"{path} cannot be read ({str(error)[:120]}); it is missing, truncated or not a "
-            "safetensors file. Delete it and run the same command with --resume to make it again."
+            f"safetensors file. {advice}"
         ) from error
 
 
@@ -105,7 +111,12 @@ class Checkpoints:
         """Keep a piece."""
         path = self._path(name)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(exist_ok=True)
+            except FileNotFoundError as error:
+                raise RunError(
+                    f"the folder {path.parent.parent} is gone, and what was made with it; run the command again."
+                ) from error
             save_tensors(path, tensors)
 
     def _path(self, name: str) -> Path | None:

@@ -18,6 +18,8 @@ from zsq.errors import RunError, UsageError
 
 #: Names of the files that `atomic_write` has its blocks write to.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+#: Names of the files that safetensors writes to, beside the one it was told to write.
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 @contextmanager
@@ -106,20 +108,48 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left in a folder; no other may be writing there."""
-    for path in filter(is_leftover, folder.glob(".*.tmp")):
-        with suppress(OSError):  # it is in nobody's way
-            path.unlink()
+    """Delete what killed processes left in a folder of zsq's own; no other may be writing there."""
+    for path in folder.glob(".*"):
+        if is_leftover(path) or _SAFETENSORS.fullmatch(path.name):
+            with suppress(OSError):  # it is in nobody's way
+                path.unlink()
 
 
-def check_destination(path: Path) -> None:
-    """Find out before the work that its result cannot be written.
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, where there is none.
 
     Raises:
-        UsageError: the path is a folder, or its folder does not exist or cannot be written.
+        UsageError: a file is in the way, or no folder may be made there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {path}: {error.strerror}; choose another with -o."
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"the folder {path} is not writable; make it so, or choose another with -o."
+        )
+
+
+def check_destination(path: Path, endings: tuple[str, ...] = ()) -> None:
+    """Find out before the work that its result cannot be written.
+
+    Args:
+        path: of the file.
+        endings: that its name may have, all that it may; any if none are given.
+
+    Raises:
+        UsageError: the path is a folder, or its folder does not exist or cannot be written, or the name would be
+            that of another kind of file, which could be there already.
     """
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder; give the name of a file.")
+    if endings and path.suffix not in endings:
+        raise UsageError(
+            f"cannot write {path}: give the file a name that ends in {' or '.join(endings)}."
+        )
     if not path.parent.is_dir():
         raise UsageError(
             f"cannot write {path}: there is no folder {path.parent}; create it, or choose another."

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+#: Name of the environment variable with the number of the process that another shall not outlive.
+ENDS_WITH_PARENT = "ZSQ_ENDS_WITH_PARENT"
+_PR_SET_PDEATHSIG = 1
 
 
 def usable_cores() -> int:
@@ -13,6 +20,18 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, if that asked for it by `ENDS_WITH_PARENT`.
+
+    On Linux; elsewhere a process that is orphaned goes on.
+    """
+    if ENDS_WITH_PARENT not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if str(os.getppid()) != os.environ[ENDS_WITH_PARENT]:  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def usable_memory(root: Path = Path("/")) -> int:
