@@ -208,6 +208,65 @@ def test_a_gpus_full_memory_is_one_sentence(monkeypatch, capsys):
     assert len(err.splitlines()) == 1
 
 
+def test_the_hosts_full_memory_is_one_sentence(monkeypatch, capsys):
+    def full(*arguments, **named):
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore"
+        )
+
+    monkeypatch.setattr(inspecting, "inspect_teacher", full)
+    code, _, err = zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
+    assert code == 1
+    assert err.startswith("zsq: the memory is full: ")
+    assert "synthesis.batch=N" in err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_quantize_is_shared_by_processes(monkeypatch, capsys, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    code, out, err = zsq(monkeypatch, capsys, "env")
+    assert (code, out) == (2, "")
+    assert err == (
+        "zsq: only quantize can be shared; start `zsq env` without torchrun.\n"
+        if rank == "0"
+        else ""
+    )
+
+
+def test_names_are_whole_where_nobody_looks(monkeypatch, capsys):
+    """In a pipe, where the next program looks for them."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, out, _ = zsq(monkeypatch, capsys, "inspect", "zsq:resnet20_cifar10")
+    assert "features_stage1_unit1_body_conv2_conv " in out
+    assert "features.stage2.unit1.body.conv1.conv, features.stage2.unit1.identity_conv.conv " in out
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    (["bits", "zsq:resnet20_cifar10", "--budget", "4.0", "-o", "file"], "cannot make the folder"),
+    (["bench", "zsq:resnet20_cifar10", "-o", "b.png"], "ends in .json"),
+    (["bench", "zsq:resnet20_cifar10", "-o", "file/b.json"], "cannot make the folder"),
+    (["sweep", "sweep.yaml", "-o", "file"], "cannot make the folder"),
+    (["quantize", "zsq:resnet20_cifar10", "-o", "file/run"], "cannot make the folder"),
+    (["evaluate", "rnu", "--data", "."], "rnu does not exist; give the folder of a run"),
+    (["evaluate", "zsq:resnet20_cifar10", "--data", ".", "--resize", "100000"], "at most 512"),
+    (["quantize", "zsq:resnet20_cifar10", "--resize", "10", "-o", "new"], "give at least 32"),
+    (["quantize", "zsq:resnet20_cifar10", "--images-from", "file", "-o", "new"], "Give a file that zsq wrote"),
+])  # fmt: skip
+def test_what_cannot_be_written_or_read_is_refused_at_once(
+    tmp_path, monkeypatch, capsys, command, says
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "sweep.yaml").write_text("models: [a]\nrecipes: [genie]\n")
+    for name in ("zsq.bench.bench", "zsq.bits.choose.choose_bits"):
+        monkeypatch.setattr(name, None)  # what must not be reached
+    code, _, err = zsq(monkeypatch, capsys, *command)
+    assert code == 2
+    assert says in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_run_that_ends_without_an_integer_file_says_so_at_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), "

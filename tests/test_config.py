@@ -108,11 +108,40 @@ def test_settings_reach_nested_fields_and_leave_the_rest():
         ("{weights: 3}", "either match, for layers, or edge"),
         ("{match: a, edge: b, activations: 3}", "either match, for layers, or edge"),
         ("{edge: a, weights: 3}", "a tensor has no weights"),
+        ("{match: a}", "says bits of weights, of activations, or both"),
     ],
 )
 def test_an_override_names_layers_or_tensors(override, message):
     with pytest.raises(UsageError, match=message):
         load_recipe("genie", settings=[f"overrides=[{override}]"])
+
+
+def test_what_would_be_done_without_effect_is_refused():
+    with pytest.raises(UsageError, match=r"'tuning\.steps=7' itself"):
+        load_recipe("genie", schedule="quick", settings=["quick.tuning.steps=7"])
+    with pytest.raises(UsageError, match="'fast' is neither quick nor full"):
+        load_recipe("genie", schedule="fast")
+    assert load_recipe("genie", settings="tuning.steps=7").tuning.steps == 7
+
+
+@pytest.mark.parametrize("group", ["quick", "large", "large_quick"])
+def test_a_typo_in_a_schedule_is_named_whichever_is_asked_for(tmp_path, group):
+    (tmp_path / "mine.yaml").write_text(f"extends: genie\n{group}: {{tuning.stepss: 5}}\n")
+    with pytest.raises(UsageError, match=r"tuning\.stepss.*did you mean 'tuning\.steps'"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_a_recipe_finds_others_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: genie\ntuning: {steps: 9}\n")
+    (tmp_path / "heir.yaml").write_text("extends: base.yaml\ntuning: {batch: 8}\n")
+    parts = "extends: hast\nsynthesis: {method: mixed, images: 8, parts: [genie, base.yaml]}\n"
+    (tmp_path / "parts.yaml").write_text(parts)
+    tuning = load_recipe(tmp_path / "heir.yaml").tuning
+    assert (tuning.steps, tuning.batch) == (9, 8)
+    assert len(load_recipe(tmp_path / "parts.yaml").synthesis.parts) == 2
+    (tmp_path / "heir.yaml").write_text("extends: nowhere.yaml\n")
+    with pytest.raises(UsageError, match=r"'nowhere\.yaml', which '.*heir\.yaml' names"):
+        load_recipe(tmp_path / "heir.yaml")
 
 
 def test_overrides_can_be_set_as_text():

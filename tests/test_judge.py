@@ -2,12 +2,17 @@
 """What cannot be judged, or not as it was asked for, is refused before anything is kept."""
 
 import json
+import re
 import shutil
 
+import numpy as np
+import onnx
 import pytest
+import torch
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq
+from onnx import TensorProto, helper, numpy_helper
 
-from zsq import quantize
+from zsq import evaluate, quantize
 from zsq.artifact.runfolder import RunFolder
 from zsq.config import load_recipe
 from zsq.errors import RunError
@@ -57,6 +62,62 @@ def test_an_onnx_file_runs_on_the_cpu_alone(made, monkeypatch, capsys):
     )  # fmt: skip
     assert code == 2
     assert "--device has no effect" in err
+
+
+def write_onnx(path, shape, kind=TensorProto.FLOAT, more=()):
+    """Write a network that pools an image of three channels and weighs the means for five classes."""
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    axes = [axis for axis in (2, 3) if axis < len(shape)]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["f", "axes"], ["m"], keepdims=0) if axes
+        else helper.make_node("Slice", ["f", "from", "to", "axis"], ["m"]),
+        helper.make_node("MatMul", ["m", "w"], ["y"]),
+    ]  # fmt: skip
+    constants = {"w": weight, "axes": np.array(axes), "from": np.array([0]), "to": np.array([3]),
+                 "axis": np.array([1])}  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "pooled", [helper.make_tensor_value_info("x", kind, shape), *more],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [shape[0], 5])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_files_of_a_fixed_batch_are_evaluated(made, tmp_path, batch):
+    """PyTorch's exporter fixes it unless told otherwise; the last part of 12 images is filled up."""
+    scores = []
+    for name, size in (("free.onnx", "N"), ("fixed.onnx", batch)):
+        write_onnx(tmp_path / name, [size, 3, 8, 8])
+        scores.append(evaluate(tmp_path / name, made / "images", mean=(0.5,) * 3, std=(0.25,) * 3))
+    assert scores[0]["onnx"] == scores[1]["onnx"]
+
+
+SECOND = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N"])
+
+
+@pytest.mark.parametrize(("shape", "more", "options", "says"), [
+    (["N", 3, 8, 8], {"kind": TensorProto.UINT8}, [], r"tensor\(uint8\)"),
+    (["N", 3, 8, 8], {"more": [SECOND]}, [], "z tensor"),
+    (["N", 192], {}, [], r"only files that take one batch of images"),
+    (["N", 192], {}, SHAPE, r"only files that take one batch of images"),
+    (["N", 3, 8, 8], {}, ["--input-shape", "3,16,16"], "takes images of 3 x 8 x 8, not of 3 x 16 x 16"),
+    (["N", 3, 8, 8], {}, ["--input-shape", "3,8"], "not of 3 x 8"),
+])  # fmt: skip
+def test_files_that_cannot_be_evaluated_say_why(
+    made, tmp_path, monkeypatch, capsys, shape, more, options, says
+):
+    write_onnx(tmp_path / "net.onnx", shape, **more)
+    code, _, err = zsq(
+        monkeypatch, capsys, "evaluate", tmp_path / "net.onnx", "--data", made / "images", *NORMALISATION,
+        *options,
+    )  # fmt: skip
+    assert code == 2
+    assert re.search(says, err)
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("subject", ["run", "run/model.onnx"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from zsq.cli_bench import measuring
 from zsq.cli_study import study
-from zsq.errors import RunError, ToldError, ZsqError
+from zsq.errors import RunError, ToldError, UsageError, ZsqError
 from zsq.options import (
     AllowPickle,
     BitsOption,
@@ -42,6 +43,7 @@ from zsq.options import (
     reporter_for,
     show,
 )
+from zsq.runtime.machine import end_with_parent
 
 #: What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
@@ -62,10 +64,21 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def _refuse_to_share(command: str | None) -> None:
+    """Let `torchrun` start `quantize` alone: others would do all their work in every process."""
+    if command in {None, "quantize"} or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    if os.environ.get("RANK", "0") == "0":
+        _tell(UsageError(f"only quantize can be shared; start `zsq {command}` without torchrun."))
+    raise ToldError(UsageError.exit_code)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    _refuse_to_share(context.invoked_subcommand)
     if version:
         import zsq
 
@@ -136,6 +149,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what was understood: batch norms, units, what each protocol quantizes, size."""
+    from zsq.bits.plan import read_plan
     from zsq.config import Bits
     from zsq.tables import inspection_tables
     from zsq.teacher.inspect import inspect_teacher
@@ -147,7 +161,9 @@ def inspect(
         weights=weights,
         allow_pickle=allow_pickle,
     )
-    found = inspect_teacher(teacher, Bits.parse(bits) if bits else None)
+    plan = read_plan(bits)
+    given = plan.widths() if plan else Bits.parse(bits) if bits else None
+    found = inspect_teacher(teacher, given)
     show(found.to_dict(), as_json, lambda: inspection_tables(found))
 
 
@@ -259,8 +275,17 @@ def _tell(error: ZsqError) -> None:
     sys.stderr.flush()
 
 
+def _full_memory(error: BaseException) -> str | None:
+    """Name the memory that an error says is full, if it says so."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which not every command imports
+        return "the GPU's memory"
+    full = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return "the memory" if full else None
+
+
 def main() -> None:
     """Run the command line; exit 2 for what cannot work, 1 for what failed, 130 when interrupted."""
+    end_with_parent()
     try:
         app()
     except ToldError as error:
@@ -268,10 +293,11 @@ def main() -> None:
     except ZsqError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which not every command imports
+    except (RuntimeError, MemoryError) as error:
+        where = _full_memory(error)
+        if where is None:
             raise
-        _tell(RunError(f"the GPU's memory is full: {str(error).splitlines()[0][:150]} {_SMALLER}"))
+        _tell(RunError(f"{where} is full: {(str(error).splitlines() or [''])[0][:150]} {_SMALLER}"))
         sys.exit(RunError.exit_code)
     except OSError as error:
         if error.errno not in _REFUSED_WRITES:

@@ -61,7 +61,7 @@ def bench(
     from zsq.bench import bench as run_bench
     from zsq.bench.plots import write_growth
     from zsq.bench.tables import bench_tables
-    from zsq.runtime.files import atomic_write
+    from zsq.runtime.files import atomic_write, check_destination, make_folder
 
     request = Request(
         model, batch=batch, images=images, steps=steps, device=device, precision=precision.value,
@@ -71,7 +71,8 @@ def bench(
     axes = [(axis, sizes.split(",") if sizes else ())
             for axis, _, sizes in (text.partition("=") for text in grow or ())]  # fmt: skip
     if out is not None:
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(out).absolute().parent)
+        check_destination(Path(out), (".json",))
     found = run_bench(request, loop or (), grow=axes, reporter=reporter_for(quiet or as_json))
     if out is not None:
         with atomic_write(Path(out)) as temporary:

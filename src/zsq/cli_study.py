@@ -98,12 +98,13 @@ def report(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write one HTML file that shows what was done, what it cost and what came out."""
+    from rich.text import Text
+
     from zsq.artifact.report import write_report
 
     path = write_report(runs, out, real=real, reporter=reporter_for(quiet or as_json))
-    show(
-        {"report": str(path), "summary": str(path.with_suffix(".md"))}, as_json, lambda: [str(path)]
-    )
+    made = {"report": str(path), "summary": str(path.with_suffix(".md"))}
+    show(made, as_json, lambda: [Text(str(path))])
 
 
 @study.command()
@@ -150,6 +151,7 @@ def bits(
     from zsq.bits.tables import bits_tables
     from zsq.errors import UsageError
     from zsq.runtime.context import Context
+    from zsq.runtime.files import make_folder
     from zsq.runtime.policy import make_policy
     from zsq.teacher.teacher import load_teacher
 
@@ -157,6 +159,8 @@ def bits(
         raise UsageError(
             f"{out} holds a run, whose bits are settled; choose another folder with -o."
         )
+    if out is not None:
+        make_folder(Path(out))
     teacher = load_teacher(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,

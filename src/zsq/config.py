@@ -7,10 +7,9 @@ A recipe names a protocol, a synthesiser, a tuner and their settings. Recipes ar
 
 from __future__ import annotations
 
+import copy
 import difflib
-import re
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -36,6 +35,7 @@ from zsq.settings import (
     Tuning,
     to_bits,
 )
+from zsq.settings.files import mapping_at, read_recipe, recipe_names
 
 __all__ = [
     "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses",
@@ -94,10 +94,8 @@ def _without_methods(place: tuple[str, ...]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with zsq."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("zsq").joinpath("recipes").iterdir()
-                  if p.name.endswith(".yaml"))  # fmt: skip
+#: Groups of settings that a schedule, or the size of images, puts in the place of others.
+_SCHEDULES = ("quick", "large", "large_quick")
 
 
 def load_recipe(
@@ -129,28 +127,61 @@ def load_recipe(
         >>> load_recipe("genie", settings=["tuning.steps=7"]).tuning.steps
         7
     """
-    data = source.model_dump() if isinstance(source, Recipe) else _read(source)
+    if schedule not in ("quick", "full"):
+        raise UsageError(f"schedule {schedule!r} is neither quick nor full.")
+    settings = [settings] if isinstance(settings, str) else settings
+    if isinstance(source, Recipe):
+        data = source.model_dump()
+    else:
+        data = read_recipe(source)
+        _check_schedules(data)
     quick = schedule == "quick"
-    for part, wanted in (("large", large), ("quick", quick), ("large_quick", large and quick)):
-        changed = data.get(part) if wanted else None
-        for key, value in changed.items() if isinstance(changed, dict) else ():
-            _assign(data, str(key), value)
+    for group, wanted in (("large", large), ("quick", quick), ("large_quick", large and quick)):
+        if wanted:
+            _put_in_place(data, group)
     for key, value in changes.items():
         if value is not None:
             data[key] = value
+    _apply_all(data, settings, changes)
+    _fill_in_parts(data, schedule, large)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _complaint(error) from error
+
+
+def _apply_all(data: dict[str, Any], settings: Iterable[str], changes: dict[str, object]) -> None:
+    """Carry out every ``--set``, none of which may be of what is given otherwise or is settled."""
     for setting in settings:
         field = setting.partition("=")[0].partition(".")[0].strip()
+        if field in _SCHEDULES:
+            raise UsageError(
+                f"--set {setting!r} changes what a schedule would set, which is done already; set "
+                f"{setting.strip().removeprefix(f'{field}.')!r} itself."
+            )
         if changes.get(field) is not None:
             raise UsageError(
                 f"{field} is given twice, as {str(changes[field])[:60]!r} and by --set {setting!r}; leave one of "
                 "them out."
             )
         _apply(data, setting)
-    _fill_in_parts(data, schedule, large)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise _complaint(error) from error
+
+
+def _put_in_place(data: dict[str, Any], group: str) -> None:
+    for key, value in mapping_at(data, group).items():
+        _assign(data, str(key), value)
+
+
+def _check_schedules(data: dict[str, Any]) -> None:
+    """Name a wrong setting of a schedule that is not asked for, too: its author may never ask for it."""
+    for group in _SCHEDULES:
+        tried = copy.deepcopy(data)
+        _put_in_place(tried, group)
+        _fill_in_parts(tried, "full", False)
+        try:
+            Recipe.model_validate(tried)
+        except ValidationError as error:
+            raise _complaint(error) from error
 
 
 def _fill_in_parts(data: dict[str, Any], schedule: Literal["quick", "full"], large: bool) -> None:
@@ -211,61 +242,6 @@ def _groups_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [group for inner in get_args(annotation) for group in _groups_in(inner)]
-
-
-def _read(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a recipe and those that it extends; ``heirs`` extend this one."""
-    text = str(source)
-    packaged = files("zsq").joinpath("recipes", f"{text}.yaml")
-    if re.fullmatch(r"[\w+.-]+", text) and packaged.is_file():
-        content = packaged.read_bytes()
-    elif text.endswith((".yaml", ".yml")) and Path(text).is_file():
-        content = Path(text).read_bytes()
-    else:
-        raise UsageError(
-            f"recipe {text!r} is neither a YAML file nor one of {', '.join(recipe_names())}."
-        )
-    try:
-        data = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {text!r} is not readable YAML: {yaml_problem(error)}.") from error
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"recipe {text!r} must be a mapping of settings, not {type(data).__name__}."
-        )
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    if text in heirs:
-        raise UsageError(f"recipe {text!r} extends itself; name another recipe in `extends`.")
-    return _inherited(_read(str(base), (*heirs, text)), data)
-
-
-def _inherited(base: dict[str, Any], heir: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe that extends another; where it names another method, its settings are new ones."""
-    for part, default in (("synthesis", "genie"), ("tuning", "reconstruct")):
-        old, new = (_mapping(recipe, part).get("method") for recipe in (base, heir))
-        if new is not None and new != (old or default):
-            base = {name: value for name, value in base.items() if name != part}
-            for group in ("quick", "large", "large_quick"):
-                changes = _mapping(base, group).items()
-                base[group] = {k: v for k, v in changes if not str(k).startswith(f"{part}.")}
-    return _merged(base, heir)
-
-
-def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings at a key; none where something else stands there, which validation names."""
-    value = data.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _merged(dict(below or {}), value) if both else value
-    return merged
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:

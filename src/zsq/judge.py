@@ -81,6 +81,10 @@ def evaluate(
         networks, info = _of_run(path, device, simulated > 0)
     elif path.suffix == ".onnx":
         networks, info = _of_file(path, given)
+    elif not path.exists() and ":" not in str(subject):
+        raise UsageError(
+            f"{subject} does not exist; give the folder of a run, an ONNX file, or a MODEL like pytorchcv:NAME."
+        )
     else:
         teacher = load_teacher(
             str(subject),
@@ -175,14 +179,26 @@ def _of_run(path: Path, device: str, simulate: bool) -> tuple[dict[str, Network]
 
 def _of_file(path: Path, given: dict[str, Any]) -> tuple[dict[str, Network], ModelInfo]:
     session = _session(path)
+    declared = _declared_input(session, path)
     properties = dict(session.get_modelmeta().custom_metadata_map)
     known = {k: _numbers(properties.get(f"zsq.{k}", "")) for k in ("input_shape", "mean", "std")}
     chosen = {k: given[k] or known[k] for k in known}
     if not chosen["input_shape"]:
-        chosen["input_shape"] = _declared_shape(session)
+        chosen["input_shape"] = (
+            declared if all(isinstance(side, int) for side in declared) else None
+        )
     if not chosen["input_shape"]:
         raise UsageError(f"{path} does not say its input shape; pass --input-shape C,H,W.")
     shape = tuple(int(side) for side in chosen["input_shape"])
+    fits = [
+        isinstance(wanted, str | None) or wanted == side
+        for wanted, side in zip(declared, shape, strict=False)
+    ]
+    if len(shape) != 3 or not all(fits):
+        raise UsageError(
+            f"{path} takes images of {' x '.join(map(str, declared))}, not of {' x '.join(map(str, shape))}; "
+            "leave --input-shape out."
+        )
     resize = _numbers(properties.get("zsq.resize", ""))
     info = ModelInfo(
         str(path), shape, chosen["mean"], chosen["std"], resize=int(resize[0]) if resize else None,
@@ -191,9 +207,20 @@ def _of_file(path: Path, given: dict[str, Any]) -> tuple[dict[str, Network], Mod
     return {"onnx": _runner(session)}, info
 
 
-def _declared_shape(session: Any) -> tuple[float, ...] | None:
-    shape = session.get_inputs()[0].shape[1:]
-    return tuple(shape) if shape and all(isinstance(side, int) for side in shape) else None
+def _declared_input(session: Any, path: Path) -> tuple[int | str | None, ...]:
+    """Return what a file says of one image's shape: sizes, or names where any size will do.
+
+    Raises:
+        UsageError: it takes something else than a batch of images.
+    """
+    inputs = session.get_inputs()
+    one = inputs[0]
+    if len(inputs) != 1 or one.type != "tensor(float)" or len(one.shape) != 4:
+        taken = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise UsageError(
+            f"{path} takes {taken}; only files that take one batch of images can be evaluated, float32 (N, C, H, W)."
+        )
+    return tuple(one.shape[1:])
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:
@@ -213,8 +240,20 @@ def _session(path: Path) -> Any:
 
 
 def _runner(session: Any) -> Network:
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
+    """Return a session as a function of a batch; a file of a fixed batch is given as many images at a time."""
+    given = session.get_inputs()[0]
+    fixed = given.shape[0] if isinstance(given.shape[0], int) else None
+
+    def part(x: Tensor) -> Tensor:
+        missing = fixed - len(x) if fixed else 0
+        whole = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+        try:
+            logits = session.run(None, {given.name: whole.cpu().numpy()})[0]
+        except Exception as error:  # ONNX Runtime has a dozen types of its own
+            raise UsageError(f"ONNX Runtime cannot run the file: {str(error)[:200]}") from error
+        return torch.from_numpy(logits)[: len(x)]
+
+    return lambda x: torch.cat([part(each) for each in torch.split(x, fixed or len(x))])
 
 
 def open_onnx(path: Path) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -128,6 +129,8 @@ def show(result: dict[str, Any], as_json: bool, render: Any) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    console = Console()
+    # a pipe is as wide as the widest name, which somebody may look for
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=1000 if wide else None, emoji=False)
     for part in render():
         console.print(part)

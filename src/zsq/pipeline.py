@@ -17,7 +17,6 @@ from zsq.artifact.networkfile import load_student, save_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import BitsPlan, read_plan
 from zsq.config import Recipe, is_large, load_recipe
-from zsq.errors import UsageError
 from zsq.export.parity import ExportReport
 from zsq.requests import check_request, warn_of_floating
 from zsq.running import carry_out, export_run, make_student
@@ -94,7 +93,8 @@ def quantize(
         compile: allow `torch.compile` for loops long enough to repay it.
         cuda_graphs: replay compiled loops as CUDA graphs; needs a GPU. Not tried on one yet.
         memory: most that block inputs, and a step of GENIE's synthesis, may take on the host, in bytes or
-            like ``"8GB"``; None is half of the machine's. Results do not depend on it.
+            like ``"8GB"``; None is half of the machine's. Results depend on it by rounding alone, where a
+            batch of that synthesis passes in slices.
         out: folder for the run; with it the run can be resumed and an ONNX file is exported.
         resume: go on with an interrupted run in ``out``, or make again what is missing of a
             finished one.
@@ -204,9 +204,12 @@ def export(
     """
     folder = RunFolder.open(run)
     destination = Path(path) if path is not None else folder.file("model.onnx")
-    check_destination(destination)
-    if destination.suffix != ".onnx":  # it could be another file of the run
-        raise UsageError(f"cannot write {destination}: give the file a name that ends in .onnx.")
+    check_destination(destination, (".onnx",))
     report = export_run(folder, target, destination, allow_partial, reporter)
-    folder.save()
+    if folder.is_writable():
+        folder = RunFolder.open(run)  # meanwhile it may have been evaluated
+        folder.record["results"]["export"] = report.to_dict()
+        folder.save()
+    elif reporter is not None:
+        reporter.note(f"the folder {folder.path} cannot be written: the result is not kept in it")
     return report

@@ -137,7 +137,7 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
         parts = f", tuned in {unit['parts']} parts" if unit["parts"] > 1 else ""
         units.add_row(escape(unit["name"]), f"{len(unit['layers'])}{parts}")
     yield units
-    plans = new_table("protocols", "protocol", "weights", "activations", "size", texts=3)
+    plans = new_table("protocols", "protocol", "weights", "activations", "packed size", texts=3)
     for name, plan in found.protocols.items():
         cells = [
             ", ".join(f"{n} at {b}" for b, n in plan[k].items()) for k in ("weights", "activations")

@@ -2,6 +2,7 @@
 """Curvature and surfaces of finished runs."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from zsq.analysis.curvature import hessian_trace
 from zsq.analysis.landscape import analyse
 from zsq.analysis.losses import StudentLosses
 from zsq.analysis.surface import Surface
+from zsq.errors import UsageError
 from zsq.functional.losses import kl_divergence
+from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
 
@@ -115,7 +118,7 @@ def test_a_run_is_analysed_into_its_folder(run, monkeypatch, capsys):
     assert names == {
         f"{name}.{kind}" for name in ("curvature", "surface_line", "surface_plane", "surface_path")
         for kind in ("json", "png")
-    }  # fmt: skip
+    } | {"made_with.json"}  # fmt: skip
     plane = Surface.load(run / "analysis" / "surface_plane.json")
     line = Surface.load(run / "analysis" / "surface_line.json")
     assert plane.shape == (5, 5)
@@ -128,6 +131,18 @@ def test_a_run_is_analysed_into_its_folder(run, monkeypatch, capsys):
     assert "trace" in out
     page = (run / "report.html", zsq(monkeypatch, capsys, "report", run, "--quiet"))[0]
     assert page.read_text(encoding="utf-8").count("Landscape") >= 4
+
+
+def test_other_settings_or_another_student_have_other_surfaces(run):
+    first = analyse(run, images=8, points=5, probes=2)
+    again = analyse(run, images=8, points=5, probes=2)
+    seeded = analyse(run, images=8, points=5, probes=2, context=Context(seed=5))
+    fewer = analyse(run, images=4, points=5, probes=2, context=Context(seed=5))
+    surfaces = [found.line.values["ce"] for found in (first, seeded, fewer)]
+    assert torch.equal(again.line.values["ce"], surfaces[0])
+    assert not any(torch.equal(a, b) for a, b in pairwise(surfaces))
+    with pytest.raises(UsageError, match="odd number of points"):
+        analyse(run, points=4)
 
 
 def test_an_interrupted_surface_goes_on(run, monkeypatch):

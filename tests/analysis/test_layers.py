@@ -3,6 +3,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from helpers.students import teacher_of
 from torch import nn
 
 from zsq.analysis.items import Dissection, signal_to_noise
-from zsq.analysis.layers import diagnose_student
-from zsq.config import load_recipe
+from zsq.analysis.layers import Diagnosis, Item, diagnose_student
+from zsq.config import Override, load_recipe
 from zsq.preparation import prepared_teacher
 from zsq.stages import tune
 from zsq.student import attach, prepared_network
@@ -100,6 +101,28 @@ def test_a_suggestion_can_be_pasted_and_helps(teacher):
     images = ImageSet(IMAGES, torch.zeros(32).long())
     better = tune(teacher, attach(teacher, recipe), images)
     assert diagnose_student(better, network, IMAGES).divergence < before.divergence
+
+
+def test_suggestions_keep_what_a_recipe_overrides_and_name_the_bits_file():
+    """A list of overrides replaces the recipe's; a bits file and an override may not say the same."""
+    items = [
+        Item("weight", "b1", 2, 10.0, 1.0, 0.1, 0.0, 0.0), Item("edge", "relu", 3, 10.0, 1.0, 0.2, 0.0, 0.0)
+    ]  # fmt: skip
+    kept = (Override(match="a.*", weights=8),)
+    found = Diagnosis("integer", 1.0, 4, tuple(items), kept)
+    texts = found.suggestions()
+    assert len(texts) == 2
+    for text, count in zip(texts, (2, 3), strict=True):
+        setting = text.removeprefix("--set '").removesuffix("'")
+        overrides = load_recipe("genie", settings=[setting]).overrides
+        assert overrides[0] == kept[0]
+        assert len(overrides) == count
+    assert overrides[2] == Override(edge="relu", activations=6)
+    planned = replace(found, planned=("b1",)).suggestions()
+    assert planned == [
+        "b1: 4  # in bits.yaml", "--set 'overrides=[{edge: \"relu\", activations: 6}]'"
+    ]  # fmt: skip
+    json.dumps(found.to_dict())
 
 
 def test_clipping_and_unused_codes_are_counted(calibrated):

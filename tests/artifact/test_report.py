@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,30 @@ def test_runs_of_other_protocols_are_not_compared_without_a_word(runs, tmp_path)
     assert "not to be compared" in (tmp_path / "both.md").read_text(encoding="utf-8")
 
 
+def test_accuracies_on_other_images_are_not_compared_without_a_word(runs, tmp_path):
+    score = {"top1": 50.0, "stderr": 1.0, "top5": 90.0, "images": 10}
+
+    def copied(run, name, data):
+        shutil.copytree(run, tmp_path / name)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        scores = {"data": data, "teacher": score, "student": score}
+        record["results"].pop("evaluation", None)
+        record["results"] |= {"evaluation": scores} if data else {}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        return tmp_path / name
+
+    one, two, three = (
+        copied(runs[0], name, data) for name, data in (("a", "here"), ("b", "there"), ("c", None))
+    )
+    both = write_report([one, two], tmp_path / "both.html").with_suffix(".md").read_text()
+    assert "evaluated on different images (here, there)" in both
+    assert "* evaluated on: there" in both
+    late = write_report([three, one], tmp_path / "late.html").with_suffix(".md").read_text()
+    assert "different images" not in late
+    float_row = next(line for line in late.splitlines() if "FP32" in line)
+    assert "50.00" in float_row  # the second run's: of the same network
+
+
 def test_the_command_line_writes_it(runs, tmp_path, monkeypatch, capsys):
     found = zsq_json(monkeypatch, capsys, "report", *runs, "-o", tmp_path / "page.html")
     assert found["report"].endswith("page.html")
@@ -104,8 +129,6 @@ def test_real_images_are_set_beside(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_names_cannot_break_the_page(runs, tmp_path):
-    import shutil
-
     nasty = tmp_path / "<script>alert(1)</script>"
     nasty = tmp_path / "a<b>&'x"
     shutil.copytree(runs[0], nasty)
@@ -130,6 +153,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
         write_report([tmp_path], tmp_path / "missing" / "report.html")
     with pytest.raises(UsageError, match="it is a folder"):
         write_report([tmp_path], tmp_path)
+    with pytest.raises(UsageError, match=r"ends in \.html"):  # the summary would take its place
+        write_report([tmp_path], tmp_path / "report.md")
+
+
+def test_what_cannot_be_shown_is_refused_before_the_work(runs, tmp_path, monkeypatch):
+    def worked(*_, **__):
+        raise AssertionError("the diagnosis began")
+
+    monkeypatch.setattr("zsq.artifact.report.collect_facts", worked)
+    with pytest.raises(UsageError, match="not a readable zsq run"):
+        write_report([runs[0], tmp_path])
+    with pytest.raises(UsageError, match="none"):
+        write_report(runs[0], real=tmp_path / "none")
 
 
 def test_folders_without_a_finished_run_are_refused(tmp_path):

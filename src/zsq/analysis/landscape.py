@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from zsq.analysis.curvature import Curvature, curvature
 from zsq.analysis.directions import PathDirections, path_directions, random_directions
 from zsq.analysis.losses import StudentLosses
 from zsq.analysis.runs import kept_in
-from zsq.analysis.surface import Surface, loss_surface
+from zsq.analysis.surface import Surface, check_grid, loss_surface
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.errors import UsageError
@@ -94,14 +95,14 @@ def analyse(
         context: device and progress.
 
     Raises:
-        UsageError: no finished run.
+        UsageError: no finished run, or no such grid.
         RunError: a product with the Hessian is not finite.
     """
     context = context or Context()
+    check_grid(points, radius)
     folder = RunFolder.open(run)
     losses = _losses(folder, images, context)
-    place = folder.file("analysis")
-    place.mkdir(exist_ok=True)
+    place = _place(folder, {"images": images, "seed": context.seed})
     with seeded(context.seed, "analyse", "curvature"):
         curves = curvature(
             losses.separately(), losses.parameters, probes=probes, count=eigenvalues,
@@ -128,6 +129,21 @@ def analyse(
         with atomic_write(place / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=150)
     return found
+
+
+def _place(folder: RunFolder, settings: dict[str, int]) -> Path:
+    """Return the folder of a run's analysis, without surfaces that were computed otherwise or of another student."""
+    place = folder.file("analysis")
+    place.mkdir(exist_ok=True)
+    student = hashlib.sha256(folder.require("student.safetensors").read_bytes()).hexdigest()
+    wanted = json.dumps(settings | {"student": student}) + "\n"
+    stamp = place / "made_with.json"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        for surface in place.glob("surface_*.json"):
+            surface.unlink()
+        with atomic_write(stamp) as temporary:
+            temporary.write_text(wanted, encoding="utf-8")
+    return place
 
 
 def _losses(folder: RunFolder, images: int, context: Context) -> StudentLosses:

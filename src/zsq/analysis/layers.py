@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
 from zsq.analysis.items import Dissection, signal_to_noise
+from zsq.config import Override
 from zsq.functional.losses import kl_divergence
 from zsq.quantizers.activation import ActivationQuantizer
 from zsq.quantizers.weight import FrozenWeight
@@ -61,34 +63,49 @@ class Diagnosis:
         divergence: KL from teacher to student, nats, averaged over images.
         images: how many were looked at.
         items: by what leaving each of them float would gain, largest first.
+        overrides: of the student's recipe, which a new list of them would replace.
+        planned: layers and tensors whose bits a bits file says.
     """
 
     protocol: str
     divergence: float
     images: int
     items: tuple[Item, ...]
+    overrides: tuple[Override, ...] = ()
+    planned: tuple[str, ...] = ()
 
     def gain(self, item: Item) -> float:
         """Return the divergence that goes away when an item is left float; negative if it helps."""
         return self.divergence - item.without
 
     def suggestions(self, count: int = 3) -> list[str]:
-        """Return overrides for the items that hurt most, ready to be pasted behind a command."""
-        found = []
-        for item in self.items:
-            if item.bits >= 8 or self.gain(item) < WORTH * self.divergence:
-                continue
-            which, field = (
-                ("match", "weights") if item.kind == "weight" else ("edge", "activations")
-            )
-            more = min(2 * item.bits, 8)
-            found.append(f"--set 'overrides=[{{{which}: \"{item.name}\", {field}: {more}}}]'")
-        return found[:count]
+        """Return how to give the items that hurt most twice the bits, ready to be pasted.
+
+        Options of `zsq quantize`, each of which does what those before it do, too; for what a bits file says,
+        its new lines.
+        """
+        worst = [
+            item
+            for item in self.items
+            if item.bits < 8 and self.gain(item) >= WORTH * self.divergence
+        ][:count]
+        lines = [
+            f"{i.name}: {_doubled(i)}  # in bits.yaml" for i in worst if i.name in self.planned
+        ]
+        kept = [] if self.planned else [_written(override) for override in self.overrides]
+        for item in worst:
+            if item.name not in self.planned:
+                kept.append(_written(_override(item)))
+                lines.append(f"--set 'overrides=[{', '.join(kept)}]'")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain data, for JSON."""
         items = [asdict(item) | {"gain": self.gain(item)} for item in self.items]
-        return asdict(self) | {"items": items, "suggestions": self.suggestions()}
+        overrides = [override.model_dump(exclude_none=True) for override in self.overrides]
+        return asdict(self) | {
+            "items": items, "overrides": overrides, "suggestions": self.suggestions(),
+        }  # fmt: skip
 
     def plot(self) -> Figure:
         """Draw the gain of the items that hurt most."""
@@ -103,6 +120,29 @@ class Diagnosis:
         axes.set(xlabel=f"divergence that leaving it float removes (of {self.divergence:.3g} nats); "
                         "blue weights, orange activations")  # fmt: skip
         return figure
+
+
+def _doubled(item: Item) -> int:
+    return min(2 * item.bits, 8)
+
+
+def _override(item: Item) -> Override:
+    """Return what gives an item twice the bits."""
+    if item.kind == "weight":
+        return Override(match=item.name, weights=_doubled(item))
+    return Override(edge=item.name, activations=_doubled(item))
+
+
+def _written(override: Override) -> str:
+    """Write an override as it is typed.
+
+    Example:
+        >>> _written(Override(match="a.*", weights=8))
+        '{match: "a.*", weights: 8}'
+    """
+    said = override.model_dump(exclude_none=True)
+    parts = (f"{name}: {json.dumps(value)}" for name, value in said.items())
+    return f"{{{', '.join(parts)}}}"
 
 
 @torch.no_grad()
@@ -146,7 +186,10 @@ def diagnose_student(
             items.append(Item(kind, name, *facts[:2], only, without, *facts[2:]))
             task.advance(1)
     items.sort(key=lambda item: item.without)
-    return Diagnosis(student.recipe.protocol, gap(parts.quantized), len(images), tuple(items))
+    recipe = student.recipe
+    return Diagnosis(
+        recipe.protocol, gap(parts.quantized), len(images), tuple(items), tuple(recipe.overrides)
+    )
 
 
 def _logits(student: Student, images: Tensor) -> Tensor:

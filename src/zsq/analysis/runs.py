@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.fx import Interpreter, Node
 from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
+from zsq.bits.plan import BitsPlan
 from zsq.config import Recipe
+from zsq.errors import UsageError
 from zsq.preparation import equalization_steps, prepared_teacher
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.checkpoints import Checkpoints
@@ -48,8 +51,10 @@ def diagnose(
         Every weight and edge, by what leaving it float would gain.
 
     Raises:
-        UsageError: no finished run.
+        UsageError: no finished run, or no image to look at.
     """
+    if images is not None and images < 1:
+        raise UsageError(f"{images} images are none to look at; give at least 1.")
     folder = RunFolder.open(run)
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
@@ -59,9 +64,14 @@ def diagnose(
     if images is None:
         images = affordable_images(teacher, len(student.layers()) + len(student.quantizers()))
     found = diagnose_student(student, network, pictures.images[:images], context)
-    folder.write_text("diagnosis.json", json.dumps(found.to_dict(), indent=1) + "\n")
-    with atomic_write(folder.file("diagnosis.png")) as temporary:
-        found.plot().savefig(temporary, format="png", dpi=150)
+    if folder.file("bits.yaml").exists():
+        plan = BitsPlan.load(folder.file("bits.yaml"))
+        chosen = (*plan.layers, *(plan.edges.edges if plan.edges else ()))
+        found = replace(found, planned=chosen)
+    if folder.is_writable():
+        folder.write_text("diagnosis.json", json.dumps(found.to_dict(), indent=1) + "\n")
+        with atomic_write(folder.file("diagnosis.png")) as temporary:
+            found.plot().savefig(temporary, format="png", dpi=150)
     return found
 
 

@@ -216,13 +216,22 @@ def loss_surface(
     return surface
 
 
-def _grid(directions: int, radius: float, points: int) -> tuple[tuple[float, ...], ...]:
-    """Return the coordinates along each axis; the middle one is exactly 0."""
+def check_grid(points: int, radius: float, directions: int = 1) -> None:
+    """Refuse what is no grid around a student.
+
+    Raises:
+        UsageError: says what is.
+    """
     if directions not in (1, 2) or points < 3 or points % 2 == 0 or not 0 < radius < math.inf:
         raise UsageError(
             f"a surface has 1 or 2 directions, an odd number of points from 3 on, and a radius above "
             f"0; got {directions} directions, {points} points and radius {radius}."
         )
+
+
+def _grid(directions: int, radius: float, points: int) -> tuple[tuple[float, ...], ...]:
+    """Return the coordinates along each axis; the middle one is exactly 0."""
+    check_grid(points, radius, directions)
     middle = points // 2
     return (tuple(radius * ((i - middle) / middle) for i in range(points)),) * directions
 

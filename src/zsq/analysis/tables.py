@@ -30,7 +30,8 @@ def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableTy
         yield f"and {len(found.items) - shown} more, in diagnosis.json."
     suggestions = found.suggestions()
     yield (
-        "To spend bits where they help most, add one of these to `zsq quantize`:"
+        "To spend bits where they help most, add one of these to `zsq quantize`, each of which does what those "
+        "above it do (or change the bits file where they say so):"
         if suggestions
         else "No single item stands out: more bits everywhere, or longer tuning, is the next step."
     )

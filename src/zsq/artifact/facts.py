@@ -89,6 +89,20 @@ def collect_facts(run: str | Path, reporter: Reporter, real: str | Path | None =
     return RunFacts(name, folder.record, recipe, found, tuple(pictures), tuple(looks.warnings))
 
 
+def check_facts(run: str | Path, real: str | Path | None = None) -> None:
+    """Find out what `collect_facts` would find missing after its diagnosis.
+
+    Raises:
+        UsageError: as there.
+    """
+    folder = RunFolder.open(run)
+    for name in ("student.safetensors", "images.safetensors", "recipe.yaml"):
+        folder.require(name)
+    teacher = load_saved_teacher(folder.require("teacher.safetensors"))
+    if real is not None:
+        open_for(teacher.info, real)
+
+
 def _real(teacher: Teacher, folder: str | Path | None, count: int) -> ImageSet | None:
     """Read as many real images as there are synthetic ones: distances shrink as a set grows."""
     if folder is None:
@@ -156,21 +170,42 @@ def _picture(title: str, text: str, figure: Figure) -> Picture:
     return Picture(title, text, buffer.getvalue())
 
 
+def data_note(runs: list[RunFacts]) -> str:
+    """Say that accuracies on different images are no contest; nothing where all were measured on the same."""
+    measured = [run.record["results"].get("evaluation") for run in runs]
+    folders = list(dict.fromkeys(scores["data"] for scores in measured if scores))
+    if len(folders) < 2:
+        return ""
+    return (
+        f"These runs were evaluated on different images ({', '.join(folders)}): their accuracies are not to be "
+        "compared with each other; `zsq evaluate RUN --data FOLDER` measures them on one folder."
+    )
+
+
 def comparison(runs: list[RunFacts]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table that sets runs and FP32 side by side."""
     header = ["network", "protocol", "bits", "top-1 %", "top-5 %", "drop", "agreement %", "file", "smaller",
               "ms an image", "faster", "minutes"]  # fmt: skip
     rows: list[list[str]] = []
+    shown: set[str] = set()
     for run in runs:
         results = run.record["results"]
         scores, export = results.get("evaluation", {}), results.get("export", {})
-        if not rows or runs[0].identity["network"] != run.identity["network"]:
-            rows.append(_float_row(run, scores, export))
+        if run.identity["network"] not in shown:
+            shown.add(run.identity["network"])
+            rows.append(_float_row(_best_known(run, runs), results.get("export", {})))
         rows.append(_run_row(run, scores, export))
     return header, rows
 
 
-def _float_row(run: RunFacts, scores: dict[str, Any], export: dict[str, Any]) -> list[str]:
+def _best_known(run: RunFacts, runs: list[RunFacts]) -> RunFacts:
+    """Return the first run of the same network that was evaluated, or the run itself."""
+    alike = (other for other in runs if other.identity["network"] == run.identity["network"])
+    return next((other for other in alike if "evaluation" in other.record["results"]), run)
+
+
+def _float_row(run: RunFacts, export: dict[str, Any]) -> list[str]:
+    scores = run.record["results"].get("evaluation", {})
     return [
         f"FP32: {run.identity['model']}", "", "32", *_accuracy(scores.get("teacher")), "", "",
         _bytes(export.get("float_bytes")), "", _number(export.get("float_latency_ms"), 3), "", "",
@@ -218,6 +253,7 @@ def settings_of(run: RunFacts) -> dict[str, str]:
         "images": f"{identity['images']} ({synthesis['method']}, {synthesis['images']})",
         "tuning": f"{tuning['method']}, {tuning.get('steps', 0)} steps", "seed": str(identity["seed"]),
         "device": f"{identity['device']}, {identity['precision']}",
+        "evaluated on": str(run.record["results"].get("evaluation", {}).get("data", "")),
         "environment": ", ".join(
             f"{name} {_version(environment[name])}"
             for name in ("zsq", "torch", "onnxruntime", "python", "platform")

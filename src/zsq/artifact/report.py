@@ -9,14 +9,21 @@ from importlib.resources import files
 from pathlib import Path
 
 from zsq.analysis.layers import Diagnosis
-from zsq.artifact.facts import RunFacts, collect_facts, comparison, settings_of
+from zsq.artifact.facts import (
+    RunFacts,
+    check_facts,
+    collect_facts,
+    comparison,
+    data_note,
+    settings_of,
+)
 from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path | None = None, *,
+    runs: str | Path | Sequence[str | Path], out: str | Path | None = None, *,
     real: str | Path | None = None, reporter: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write a report on one or more runs.
@@ -36,10 +43,13 @@ def write_report(
     Raises:
         UsageError: no run, one that is not finished, or a file that cannot be written.
     """
+    runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
         raise UsageError("no run was given; name the folder of at least one finished run.")
     if out is not None:
-        check_destination(Path(out))  # a diagnosis takes a minute
+        check_destination(Path(out), (".html", ".htm"))
+    for run in runs:  # a diagnosis takes a minute
+        check_facts(run, real)
     facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
     path = Path(out) if out is not None else Path(runs[0]) / "report.html"
     for target, text in ((path, html_page(facts)), (path.with_suffix(".md"), markdown(facts))):
@@ -63,10 +73,10 @@ def html_page(runs: list[RunFacts]) -> str:
     """Render the page."""
     title = ", ".join(run.name for run in runs)
     header, rows = comparison(runs)
-    note = protocols_note(runs)
+    notes = [protocols_note(runs), data_note(runs)]
     parts = [
         f"<h1>Quantized without data: {escape(title)}</h1>",
-        *(f"<p class=warning>{escape(warning)}</p>" for warning in [note] if warning),
+        *(f"<p class=warning>{escape(warning)}</p>" for warning in notes if warning),
         _table(header, rows, "comparison"),
         "<p>Accuracy needs real images: <code>zsq evaluate RUN --data FOLDER</code> measures it and "
         "keeps it with the run; write the report again afterwards.</p>"
@@ -114,7 +124,10 @@ def _suggestions(found: Diagnosis) -> str:
     if not texts:
         return "<p>No single layer or edge stands out.</p>"
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in texts)
-    return f"<p>To spend bits where they help most, add to <code>zsq quantize</code>:</p><ul>{listed}</ul>"
+    return (
+        "<p>To spend bits where they help most, add one of these to <code>zsq quantize</code>, each of which does what "
+        f"those above it do (or change the bits file where they say so):</p><ul>{listed}</ul>"
+    )
 
 
 def layer_table(found: Diagnosis) -> tuple[list[str], list[list[str]]]:
@@ -169,7 +182,7 @@ def markdown(runs: list[RunFacts]) -> str:
     """Render the summary."""
     header, rows = comparison(runs)
     lines = [f"# Quantized without data: {', '.join(run.name for run in runs)}", ""]
-    if note := protocols_note(runs):
+    for note in filter(None, (protocols_note(runs), data_note(runs))):
         lines += [f"**{note}**", ""]
     lines += _markdown_table(header, rows)
     for run in runs:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from zsq.bits.costs import cost_label, shown_cost
 from zsq.bits.plan import BitsPlan, Point
-from zsq.runtime.files import atomic_write
+from zsq.runtime.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def _draw_sensitivity(
 
 def write_plan(plan: BitsPlan, folder: Path) -> None:
     """Write ``bits.yaml``, ``bits_frontier.png`` and ``bits_sensitivity.png`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     plan.save(folder / "bits.yaml")
     for name, figure in (
         ("frontier", plot_frontier(plan)),

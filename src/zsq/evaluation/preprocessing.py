@@ -17,6 +17,8 @@ from zsq.errors import UsageError
 
 # By channels of the network's input.
 _MODES = {1: "L", 3: "RGB"}
+#: A picture's short side is resized to at most so many times the crop: beyond, all of the memory is soon too little.
+MOST_OF_CROP = 16
 # Pillow's modes for more than 8 bits, which its conversion to 8 bits would cut off.
 _DEEP_MODES = ("I", "F")
 
@@ -57,6 +59,11 @@ class Preprocessing:
             raise UsageError(
                 "the input size is not known: give --input-shape CHANNELS,HEIGHT,WIDTH."
             )
+        if len(input_shape) != 3 or min(input_shape) < 1:
+            raise UsageError(
+                f"the input shape {','.join(map(str, input_shape))} is not that of an image: give --input-shape "
+                "CHANNELS,HEIGHT,WIDTH."
+            )
         channels, height, width = input_shape
         if channels not in _MODES:
             raise UsageError(
@@ -78,6 +85,11 @@ class Preprocessing:
             raise UsageError(
                 f"--resize {resize} is smaller than the crop of {height}x{width}: give at least "
                 f"{max(height, width)}."
+            )
+        if resize is not None and resize > MOST_OF_CROP * max(height, width):
+            raise UsageError(
+                f"--resize {resize} leaves next to nothing of a picture in a crop of {height}x{width}: give at most "
+                f"{MOST_OF_CROP * max(height, width)}."
             )
         if interpolation.upper() not in Image.Resampling.__members__:
             raise UsageError(

@@ -8,7 +8,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class Policy:
             losses, latents, quantizers, steps and optimiser state are float32 always.
         compile: whether `torch.compile` may be used for loops long enough to repay it.
         memory: bytes that caches over all images may take on the host; None: half of what there is.
-            Beyond it they lie in files. Results do not depend on it.
+            Beyond it they lie in files. Results depend on it by rounding alone, where a batch of GENIE's
+            synthesis passes in slices.
         cuda_graphs: replay what was compiled as CUDA graphs, where it can be captured.
     """
 
@@ -83,6 +84,8 @@ def make_policy(
     Raises:
         UsageError: the device does not exist here, or cannot do what is asked for.
     """
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision {precision!r} is none of {', '.join(get_args(Precision))}.")
     try:
         place = torch.device(device)
     except RuntimeError as error:

@@ -63,7 +63,7 @@ def tap_batch_norms(
     if not taps:
         raise UsageError(
             "the network has no batch norm with running statistics (track_running_stats=True), "
-            "which is what images are synthesised from. Pass real images with --images FOLDER "
+            "which is what images are synthesised from. `zsq quantize ... --images FOLDER` takes real ones "
             "instead."
         )
     if swing:

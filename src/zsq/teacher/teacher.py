@@ -115,6 +115,11 @@ def _info(
             raise UsageError(f"--{name} {values} must be finite: one number a channel.")
     if std is not None and min(std) <= 0:
         raise UsageError(f"--std {std} must be positive.")
+    if resize is not None and resize < max(shape[1:]):
+        raise UsageError(
+            f"--resize {resize} is smaller than the network's images of {shape[1]} x {shape[2]}; give at least "
+            f"{max(shape[1:])}."
+        )
     if resize is None:
         resize = source.resize
     return ModelInfo(source.reference, shape, mean, std, resize, source.interpolation)
