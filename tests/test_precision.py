@@ -11,8 +11,8 @@ SETTINGS = {
     "genie": [
         "synthesis.images=64",
         "synthesis.batch=64",
-        "synthesis.steps=60",
-        "tuning.steps=120",
+        "synthesis.steps=40",
+        "tuning.steps=60",
     ],
     "gdfq+ait": ["synthesis.steps=80", "synthesis.batch=64", "tuning.steps=120"],
 }

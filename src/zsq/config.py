@@ -176,8 +176,11 @@ def _check_schedules(data: dict[str, Any]) -> None:
     """Name a wrong setting of a schedule that is not asked for, too: its author may never ask for it."""
     for group in _SCHEDULES:
         tried = copy.deepcopy(data)
-        _put_in_place(tried, group)
-        _fill_in_parts(tried, "full", False)
+        try:
+            _put_in_place(tried, group)
+            _fill_in_parts(tried, "full", False)
+        except UsageError:
+            continue  # what is wrong with the recipe itself is named by whoever goes on
         try:
             Recipe.model_validate(tried)
         except ValidationError as error:

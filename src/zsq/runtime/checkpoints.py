@@ -36,13 +36,20 @@ def save_tensors(
         save_file(plain, temporary, metadata={"zsq": json.dumps(metadata or {})})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load_tensors(
+    path: Path, *, in_run: bool | None = None
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Read what `save_tensors` wrote.
+
+    Args:
+        path: of the file.
+        in_run: whether the run that it belongs to makes it again where it is missing; None: where there is a run
+            around it.
 
     Raises:
         UsageError: the file is missing, truncated or not safetensors.
     """
-    with _opened(path) as file:
+    with _opened(path, in_run) as file:
         metadata = json.loads((file.metadata() or {}).get("zsq", "{}"))
         names = list(file.keys())
         return {name: file.get_tensor(name) for name in names}, metadata
@@ -59,12 +66,13 @@ def check_tensors(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, in_run: bool | None = None) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, ValueError) as error:
-        in_run = any((folder / "run.json").exists() for folder in path.absolute().parents[:2])
+        if in_run is None:
+            in_run = any((folder / "run.json").exists() for folder in path.absolute().parents[:2])
         advice = (
             "Delete it and run the same command with --resume to make it again."
             if in_run
@@ -105,7 +113,7 @@ class Checkpoints:
     def load(self, name: str) -> dict[str, Tensor] | None:
         """Return a piece that was saved before, or None."""
         path = self._path(name)
-        return load_tensors(path)[0] if path is not None and path.exists() else None
+        return load_tensors(path, in_run=True)[0] if path is not None and path.exists() else None
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep a piece."""
