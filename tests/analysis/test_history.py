@@ -27,6 +27,32 @@ def test_losses_are_collected_per_stage_without_what_is_no_loss():
     assert "ce" not in found["finetune"]
 
 
+def test_blocks_follow_each_other():
+    """Each counts its own steps from 0; a block's number is no loss."""
+
+    def block(stage, piece, index, losses):
+        steps = [
+            {"stage": stage, "step": i, "loss": loss, "piece": piece, "index": index} for i, loss in enumerate(losses)
+        ]  # fmt: skip
+        return [*steps, {"stage": stage, "step": len(losses), "piece": piece, "undecided": 0.5}]
+
+    records = [
+        *block("tuning", "a", 0, [4.0, 3.0]), *block("tuning", "b", 1, [2.0, 1.0]),
+        *block("tuning of activations", "a", 0, [9.0]), {"stage": "tuning", "step": 0, "kl": 7.0},
+    ]  # fmt: skip
+    found = loss_history(records).stages
+    assert set(found) == {
+        "tuning, block by block",
+        "tuning of activations, block by block",
+        "tuning",
+    }
+    assert set(found["tuning, block by block"]) == {"loss", "undecided"}
+    assert found["tuning, block by block"]["loss"].steps == (0, 1, 3, 4)
+    assert found["tuning, block by block"]["loss"].values == (4.0, 3.0, 2.0, 1.0)
+    assert found["tuning of activations, block by block"]["loss"].values == (9.0,)
+    assert found["tuning"]["kl"].values == (7.0,)
+
+
 def test_a_resumed_runs_repeated_steps_count_once():
     again = [*RECORDS, {**RECORDS[1], "loss": 9.0}]
     assert loss_history(again).stages["synthesis"]["loss"].values == (3.0, 9.0)

@@ -2,6 +2,7 @@
 """Curvature and surfaces of finished runs."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -56,7 +57,7 @@ def test_losses_are_the_students_own(teacher, images):
     with torch.no_grad():
         logits, wanted = student(images.images), teacher(images.images)
     assert float(found["kl"].detach()) == pytest.approx(
-        float(kl_divergence(logits, wanted)), rel=1e-4
+        float(kl_divergence(logits.double(), wanted)), rel=1e-4
     )
     expected = torch.nn.functional.cross_entropy(logits, images.labels)
     assert float(found["ce"].detach()) == pytest.approx(float(expected), rel=1e-4)
@@ -133,7 +134,8 @@ def test_a_run_is_analysed_into_its_folder(run, monkeypatch, capsys):
     assert page.read_text(encoding="utf-8").count("Landscape") >= 4
 
 
-def test_other_settings_or_another_student_have_other_surfaces(run):
+def test_other_settings_or_another_student_have_other_surfaces(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     first = analyse(run, images=8, points=5, probes=2)
     again = analyse(run, images=8, points=5, probes=2)
     seeded = analyse(run, images=8, points=5, probes=2, context=Context(seed=5))
@@ -141,6 +143,11 @@ def test_other_settings_or_another_student_have_other_surfaces(run):
     surfaces = [found.line.values["ce"] for found in (first, seeded, fewer)]
     assert torch.equal(again.line.values["ce"], surfaces[0])
     assert not any(torch.equal(a, b) for a, b in pairwise(surfaces))
+    student = package.load(run)
+    student.layers()["b1"].weight.scale.mul_(2)
+    package.save(student, run / "student.safetensors")
+    other = analyse(run, images=4, points=5, probes=2, context=Context(seed=5))
+    assert not torch.equal(other.line.values["ce"], surfaces[2])
     with pytest.raises(UsageError, match="odd number of points"):
         analyse(run, points=4)
 

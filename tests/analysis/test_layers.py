@@ -90,6 +90,7 @@ def test_a_layer_that_was_hit_hard_comes_first(teacher):
     found = diagnose_student(student, network, IMAGES)
     assert (found.items[0].kind, found.items[0].name, found.items[0].bits) == ("weight", "b1", 2)
     assert 'match: "b1", weights: 4' in found.suggestions()[0]
+    assert found.overrides == student.recipe.overrides
 
 
 def test_a_suggestion_can_be_pasted_and_helps(teacher):
@@ -118,10 +119,12 @@ def test_suggestions_keep_what_a_recipe_overrides_and_name_the_bits_file():
         assert overrides[0] == kept[0]
         assert len(overrides) == count
     assert overrides[2] == Override(edge="relu", activations=6)
-    planned = replace(found, planned=("b1",)).suggestions()
+    own, plans = Override(match="head", activations=8), Override(match="b1", weights=2)
+    planned = replace(found, planned=("b1",), overrides=(own, plans)).suggestions()
     assert planned == [
-        "b1: 4  # in bits.yaml", "--set 'overrides=[{edge: \"relu\", activations: 6}]'"
-    ]  # fmt: skip
+        "b1: 4  # in bits.yaml",
+        '--set \'overrides=[{match: "head", activations: 8}, {edge: "relu", activations: 6}]\'',
+    ]
     json.dumps(found.to_dict())
 
 

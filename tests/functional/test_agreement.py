@@ -48,3 +48,14 @@ def test_a_loss_and_its_negative_are_opposed_and_an_unused_parameter_has_none():
     found = gradient_cosines({"x": terms["ce"], "y": -terms["ce"]}, parameters | {"c": unused})
     assert found["x,y"]["overall"] == pytest.approx(-1, abs=1e-5)
     assert found["x,y"]["c"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e12])
+def test_cosines_do_not_depend_on_the_gradients_size(scale):
+    """Squares of such numbers, multiplied, are beyond float32."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 50, generator=generator)
+    w = torch.zeros(50, requires_grad=True)
+    found = gradient_cosines({"a": (w * a * scale).sum(), "b": (w * b * scale).sum()}, {"w": w})
+    expected = torch.cosine_similarity(a.double(), b.double(), dim=0).item()
+    assert found["a,b"]["w"] == pytest.approx(expected, rel=1e-5)

@@ -85,6 +85,9 @@ def test_the_estimate_counts_what_is_alive_at_once():
     text = describe(Shelf(10**12), [(1, 10**6), (1, 10**8), (1, 10**7)])
     assert "take up to 840.00 MB" in text  # 2 x 400 MB + 40 MB
     assert "all in memory" in text
+    text = describe(Shelf(10**8), [], 10**9)  # layer by layer
+    assert "take up to 1.00 GB" in text
+    assert "in files as far as they do not fit" in text
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

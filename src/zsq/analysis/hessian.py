@@ -6,7 +6,7 @@ A fine-tuned student rounds its master weights straight through
 in its turn: it hands the gradient on as it is, so its own second derivative is zero. What comes out is
 the Hessian of the straight-through surrogate: the second derivatives of the loss with respect to the
 rounded weights, at the rounded weights, with the derivative of every activation quantizer taken as
-1 (0 where it clamps, if the recipe stops gradients there) and all grids as constants. The loss as a
+1 (0 where it clamps, whatever the recipe did there) and all grids as constants. The loss as a
 function of the master weights is a staircase, whose own second derivatives are zero almost
 everywhere.
 """

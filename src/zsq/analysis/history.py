@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 #: Fields of a record that are no measured values.
-_FRAME = frozenset({"time", "stage", "step", "batch", "unit", "piece"})
+_FRAME = frozenset({"time", "stage", "step", "batch", "unit", "piece", "index"})
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class LossHistory:
 def loss_history(records: Sequence[Record]) -> LossHistory:
     """Collect every number that the stages of a run recorded.
 
+    Blocks that are reconstructed one after another follow each other in a stage of their own.
+
     Args:
         records: from `zsq.runtime.metrics.read_metrics`.
 
@@ -63,17 +65,35 @@ def loss_history(records: Sequence[Record]) -> LossHistory:
         Series(steps=(0,), values=(2.0,))
     """
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    begins = _begins(records)
     for record in records:
         if record.get("stage") == "agreement":
             continue
-        terms = found.setdefault(str(record["stage"]), {})
+        block = "piece" in record
+        terms = found.setdefault(f"{record['stage']}{', block by block' if block else ''}", {})
+        step = int(record["step"]) + (begins[record["stage"], record["piece"]] if block else 0)
         for name, value in record.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if name not in _FRAME and number:
-                terms.setdefault(name, []).append((int(record["step"]), float(value)))
+                terms.setdefault(name, []).append((step, float(value)))
     return LossHistory(
         {s: {n: _series(p) for n, p in terms.items()} for s, terms in found.items() if terms}
     )
+
+
+def _begins(records: Sequence[Record]) -> dict[tuple[str, str], int]:
+    """Return after how many steps of a stage each block begins, in the order of their first records."""
+    lengths: dict[tuple[str, str], int] = {}
+    for record in records:
+        if "piece" in record:
+            key = record["stage"], record["piece"]
+            lengths[key] = max(lengths.get(key, 0), int(record["step"]) + 1)
+    passed: dict[str, int] = {}
+    begins = {}
+    for (stage, piece), length in lengths.items():
+        begins[stage, piece] = passed.get(stage, 0)
+        passed[stage] = begins[stage, piece] + length
+    return begins
 
 
 @dataclass(frozen=True)

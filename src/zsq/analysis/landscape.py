@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from zsq.analysis.runs import kept_in
 from zsq.analysis.surface import Surface, check_grid, loss_surface
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
+from zsq.config import Finetuning
 from zsq.errors import UsageError
 from zsq.preparation import prepared_teacher
 from zsq.runtime.ambient import own_modes
@@ -100,6 +101,8 @@ def analyse(
     """
     context = context or Context()
     check_grid(points, radius)
+    if images < 2:
+        raise UsageError(f"{images} images are too few for a batch; give at least 2.")
     folder = RunFolder.open(run)
     losses = _losses(folder, images, context)
     place = _place(folder, {"images": images, "seed": context.seed})
@@ -139,7 +142,7 @@ def _place(folder: RunFolder, settings: dict[str, int]) -> Path:
     wanted = json.dumps(settings | {"student": student}) + "\n"
     stamp = place / "made_with.json"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
-        for surface in place.glob("surface_*.json"):
+        for surface in place.glob("surface_*"):
             surface.unlink()
         with atomic_write(stamp) as temporary:
             temporary.write_text(wanted, encoding="utf-8")
@@ -152,20 +155,38 @@ def _losses(folder: RunFolder, images: int, context: Context) -> StudentLosses:
     pictures = ImageSet.load(folder.require("images.safetensors"))
     prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder, student.recipe))
     batch = ImageSet(pictures.images[:images], pictures.labels[:images])
-    return StudentLosses(student, prepared, batch, context=context)
+    tuning = student.recipe.tuning
+    if not isinstance(tuning, Finetuning):
+        return StudentLosses(student, prepared, batch, context=context)
+    return StudentLosses(
+        student, prepared, batch, temperature=tuning.temperature, mean=tuning.kl_mean, context=context
+    )  # fmt: skip
 
 
 def _path(folder: RunFolder, losses: StudentLosses, context: Context) -> PathDirections | None:
-    """Return the principal directions of the run's snapshots; None where they span no plane."""
+    """Return the principal directions of the run's snapshots; None where they span no plane.
+
+    Snapshots are of weights that are not rounded, and the student is: it lies beside their plane. The
+    coordinates are those that the path has seen from the student, at a right angle to the plane.
+    """
     files = sorted(folder.file("path").glob("path_*.safetensors"))
     if len(files) < 3:
         return None
     loaded = [load_tensors(file)[0] for file in files]
     try:
-        return path_directions([[tensors[path] for path in losses.paths] for tensors in loaded])
+        found = path_directions([[tensors[path] for path in losses.paths] for tensors in loaded])
     except UsageError as error:
         context.reporter.note(f"no surface along the training path: {error}")
         return None
+    apart = [
+        loaded[-1][path] - w.detach().cpu()
+        for path, w in zip(losses.paths, losses.parameters, strict=True)
+    ]
+    offset = [
+        sum(float((d.cpu() * a).sum()) for d, a in zip(direction, apart, strict=True))
+        for direction in found.directions
+    ]
+    return replace(found, coordinates=found.coordinates + torch.tensor(offset))
 
 
 def _surface(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -92,7 +93,8 @@ class Diagnosis:
         lines = [
             f"{i.name}: {_doubled(i)}  # in bits.yaml" for i in worst if i.name in self.planned
         ]
-        kept = [] if self.planned else [_written(override) for override in self.overrides]
+        plans = {glob.escape(name) for name in self.planned}
+        kept = [_written(o) for o in self.overrides if (o.match or o.edge) not in plans]
         for item in worst:
             if item.name not in self.planned:
                 kept.append(_written(_override(item)))
@@ -129,8 +131,8 @@ def _doubled(item: Item) -> int:
 def _override(item: Item) -> Override:
     """Return what gives an item twice the bits."""
     if item.kind == "weight":
-        return Override(match=item.name, weights=_doubled(item))
-    return Override(edge=item.name, activations=_doubled(item))
+        return Override(match=glob.escape(item.name), weights=_doubled(item))
+    return Override(edge=glob.escape(item.name), activations=_doubled(item))
 
 
 def _written(override: Override) -> str:
@@ -168,7 +170,9 @@ def diagnose_student(
     wanted = _logits(parts.float, images)
 
     def gap(candidate: Student) -> float:
-        return max(float(kl_divergence(_logits(candidate, images), wanted, 1.0, "sample")), 0.0)
+        return max(
+            float(kl_divergence(_logits(candidate, images).double(), wanted, 1.0, "sample")), 0.0
+        )
 
     seen = _Edges(parts.quantized.network)
     for part in torch.split(images, PASS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class StudentLosses:
         teacher: gives the logits to come near to.
         images: one fixed batch; labels are what cross-entropy asks for.
         temperature: of the divergence.
+        mean: over what it is averaged, see `kl_divergence`.
         context: device.
 
     Attributes:
@@ -40,6 +42,7 @@ class StudentLosses:
 
     def __init__(
         self, student: Student, teacher: Teacher, images: ImageSet, *, temperature: float = 20.0,
+        mean: Literal["element", "sample"] = "element",
         context: Context | None = None,
     ) -> None:  # fmt: skip
         policy = (context or Context()).policy
@@ -54,7 +57,7 @@ class StudentLosses:
             self.parameters.append(free.weight.requires_grad_(True))
         self.images = images.images.to(policy.device)
         self.labels = images.labels.to(policy.device)
-        self.temperature = temperature
+        self.temperature, self.mean = temperature, mean
         with torch.no_grad():
             network = policy.placed_copy(teacher.network)
             self.wanted = torch.cat([network(part) for part in torch.split(self.images, PASS)])
@@ -63,7 +66,7 @@ class StudentLosses:
         """Return every loss, from one pass over the images, some of them at a time."""
         logits = torch.cat([self.student(part) for part in torch.split(self.images, PASS)])
         return {
-            "kl": kl_divergence(logits, self.wanted, self.temperature),
+            "kl": kl_divergence(logits.double(), self.wanted, self.temperature, self.mean),
             "ce": cross_entropy(logits.float(), self.labels),
         }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,20 @@ def diagnose(
     if images is None:
         images = affordable_images(teacher, len(student.layers()) + len(student.quantizers()))
     found = diagnose_student(student, network, pictures.images[:images], context)
-    if folder.file("bits.yaml").exists():
-        plan = BitsPlan.load(folder.file("bits.yaml"))
-        chosen = (*plan.layers, *(plan.edges.edges if plan.edges else ()))
-        found = replace(found, planned=chosen)
+    found = replace(found, planned=_planned(folder))
     if folder.is_writable():
         folder.write_text("diagnosis.json", json.dumps(found.to_dict(), indent=1) + "\n")
         with atomic_write(folder.file("diagnosis.png")) as temporary:
             found.plot().savefig(temporary, format="png", dpi=150)
     return found
+
+
+def _planned(folder: RunFolder) -> tuple[str, ...]:
+    """Return the layers and tensors that a run's bits file speaks of; none where it has none that can be read."""
+    with suppress(UsageError):
+        plan = BitsPlan.load(folder.file("bits.yaml"))
+        return (*plan.layers, *(plan.edges.edges if plan.edges else ()))
+    return ()
 
 
 def kept_in(folder: RunFolder, recipe: Recipe) -> Context:

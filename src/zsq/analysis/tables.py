@@ -27,7 +27,7 @@ def diagnosis_tables(found: Diagnosis, shown: int = 20) -> Iterable[RenderableTy
         )  # fmt: skip
     yield table
     if len(found.items) > shown:
-        yield f"and {len(found.items) - shown} more, in diagnosis.json."
+        yield f"and {len(found.items) - shown} more; --json shows all."
     suggestions = found.suggestions()
     yield (
         "To spend bits where they help most, add one of these to `zsq quantize`, each of which does what those "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ def _saved(folder: RunFolder) -> list[Picture]:
              "analysis/curvature.png": "Of every loss, in the student's weights.",
              "analysis/surface_line.png": "Every loss along a random direction.",
              "analysis/surface_plane.png": "Every loss over two random directions.",
-             "analysis/surface_path.png": "Every loss over the plane that training ran in."}  # fmt: skip
+             "analysis/surface_path.png": "Every loss around the student, over directions of training."}  # fmt: skip
     return [
         Picture(
             "Bits per layer" if "bits" in name else "Landscape",
@@ -173,7 +174,7 @@ def _picture(title: str, text: str, figure: Figure) -> Picture:
 def data_note(runs: list[RunFacts]) -> str:
     """Say that accuracies on different images are no contest; nothing where all were measured on the same."""
     measured = [run.record["results"].get("evaluation") for run in runs]
-    folders = list(dict.fromkeys(scores["data"] for scores in measured if scores))
+    folders = list(dict.fromkeys(os.path.abspath(scores["data"]) for scores in measured if scores))
     if len(folders) < 2:
         return ""
     return (

@@ -3,8 +3,9 @@
 
 Counted on an eager run: what convolutions and matrix products do, forward and backward, two
 operations (a multiplication and an addition) for each multiply-accumulate. Everything else counts
-nothing. A gradient that is not asked for is not counted, so a frozen network's passes are two
-forward passes' worth and a trained one's three.
+nothing, recurrent layers among it, which PyTorch computes as one operator each. A gradient that is not
+asked for is not counted, so a frozen network's passes are two forward passes' worth and a trained one's
+three.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def measure_edges(
                 quantizer.enabled = True
                 logits = logits_of(quantized, images)
                 quantizer.enabled = False
-                found[name].append(kl_divergence(logits, wanted, 1.0, "sample"))
+                found[name].append(kl_divergence(logits.double(), wanted, 1.0, "sample"))
                 task.advance(1, loss=found[name][-1])
     return {name: by_width(name, candidates, values) for name, values in found.items()}
 

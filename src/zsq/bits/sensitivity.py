@@ -55,7 +55,7 @@ def measure_sensitivity(
             divergences = []
             for bits in candidates:
                 logits = _with_rounded(network, path, bits, tuning, images)
-                divergences.append(kl_divergence(logits, wanted, 1.0, "sample"))
+                divergences.append(kl_divergence(logits.double(), wanted, 1.0, "sample"))
                 task.advance(1, loss=divergences[-1])
             found[path] = by_width(path, candidates, divergences)
     return found

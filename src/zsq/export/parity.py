@@ -138,7 +138,7 @@ def _agreement(ran: Tensor, simulated: Tensor) -> dict[str, float]:
 
 
 def _cost(before: Tensor, after: Tensor) -> dict[str, float]:
-    divergence = kl_divergence(after.float(), before.float(), 1.0, "sample")
+    divergence = kl_divergence(after.double(), before, 1.0, "sample")
     return {
         "student_agreement": 100 * float((after.argmax(1) == before.argmax(1)).double().mean()),
         "student_divergence": float(divergence),

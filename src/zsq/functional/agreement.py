@@ -39,11 +39,14 @@ def gradient_cosines(
     found = {}
     for first, second in combinations(losses, 2):
         pairs = list(zip(gradients[first], gradients[second], strict=True))
+        pairs = [
+            (a.double(), b.double()) for a, b in pairs
+        ]  # products of small numbers are none in float32
         dots = torch.stack([(a * b).sum() for a, b in pairs])
         squares = torch.stack([torch.stack([a.square().sum(), b.square().sum()]) for a, b in pairs])
         dots = torch.cat([dots.sum()[None], dots])
         squares = torch.cat([squares.sum(0)[None], squares])
-        cosines = dots / squares.prod(1).sqrt().clamp(min=torch.finfo(dots.dtype).tiny)
+        cosines = dots / squares.sqrt().prod(1).clamp(min=torch.finfo(dots.dtype).tiny)
         names = [OVERALL, *parameters]
         found[f"{first},{second}"] = dict(zip(names, cosines.tolist(), strict=True))
     return found

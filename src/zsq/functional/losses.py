@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +24,7 @@ def kl_divergence(
     mean over classes removed.
 
     Args:
-        student: logits (N, C).
+        student: logits (N, C); of float64 for a divergence so small that float32 rounds it away.
         teacher: logits (N, C).
         temperature: of both softmaxes.
         mean: over elements, as published (GDFQ, arXiv 2003.03603), or over samples.
@@ -37,8 +38,9 @@ def kl_divergence(
         >>> kl_divergence(logits, logits).item()
         0.0
     """
-    wanted = (teacher.float() / temperature).log_softmax(1)
-    given = (student.float() / temperature).log_softmax(1)
+    kind = torch.promote_types(student.dtype, torch.float32)
+    wanted = (teacher.to(kind) / temperature).log_softmax(1)
+    given = (student.to(kind) / temperature).log_softmax(1)
     total = (wanted.exp() * (wanted - given)).sum()
     count = student.numel() if mean == "element" else len(student)
     return total * (temperature**2 / count)

@@ -105,12 +105,13 @@ class Shelf:
             Path(name).unlink(missing_ok=True)
 
 
-def describe(shelf: Shelf, shapes: Sequence[Sequence[int]]) -> str:
+def describe(shelf: Shelf, shapes: Sequence[Sequence[int]], parts: int = 0) -> str:
     """Say how much the boundaries of a network's pieces take, before they are computed.
 
     Args:
         shelf: will hold them.
         shapes: of each boundary, images first, in order.
+        parts: most bytes beside them of what is tuned a part, or a layer, at a time.
 
     Returns:
         One sentence.
@@ -121,6 +122,9 @@ def describe(shelf: Shelf, shapes: Sequence[Sequence[int]]) -> str:
     """
     sizes = [4 * math.prod(shape) for shape in shapes]
     most = max((max(2 * i + o, i + 2 * o) for i, o in pairwise(sizes)), default=ALIVE * sum(sizes))
+    most = max(most, parts)
     filed = sum(shelf.in_files(shape) for shape in shapes)
     where = f"{filed} of {len(shapes)} boundaries lie in files" if filed else "all in memory"
+    if parts > shelf.budget:
+        where = f"{where}, those inside of parts in files as far as they do not fit"
     return f"block inputs take up to {size(most)} (--memory {size(shelf.budget)}); {where}"

@@ -65,7 +65,7 @@ class Inspection:
         return asdict(self)
 
 
-class _Shapes(Interpreter):
+class Shapes(Interpreter):
     """Notes the shapes of all tensors that a network computes."""
 
     def __init__(self, network: GraphModule) -> None:
@@ -73,18 +73,24 @@ class _Shapes(Interpreter):
         self.found: dict[str, torch.Size] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Run a node and note what it gives."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.found[n.name] = result.shape
         return result
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, network: GraphModule, image: Tensor) -> dict[str, torch.Size]:
+        """Return the shapes of the tensors that an image, (1, ...), becomes, by the node that computes them."""
+        shapes = cls(network)
+        shapes.run(image)
+        return shapes.found
 
-@torch.no_grad()
+
 def node_shapes(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, torch.Size]:
     """Return the shapes of the tensors that one image becomes, by the node that computes them."""
-    shapes = _Shapes(network)
-    shapes.run(torch.zeros(1, *input_shape))
-    return shapes.found
+    return Shapes.of(network, torch.zeros(1, *input_shape))
 
 
 def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, int]:
@@ -161,7 +167,12 @@ def inspect_teacher(
             {"name": u.name, "layers": list(u.layers), "parts": count_parts(folded, u)}
             for u in find_units(folded)
         ),
-        protocols={name: _summary(folded, p) for name, p in placements.items()},
+        protocols={
+            name: _summary(
+                network if name == "all-low-bit" else folded, p
+            )  # which keeps its batch norms
+            for name, p in placements.items()
+        },
         layers=tuple(
             _layer(folded, path, macs, placements) for path in placements["integer"].weights
         ),

@@ -26,6 +26,7 @@ from zsq.runtime.seeds import seeded
 from zsq.runtime.shelf import Shelf, describe, host_budget
 from zsq.student import Student, calibrate_student, prepared_network
 from zsq.synthesis.images import ImageSet
+from zsq.teacher.inspect import Shapes
 from zsq.teacher.pieces import cut_piece, nodes_up_to
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.compiling import PieceCompiler
@@ -80,6 +81,11 @@ class _Pass:
     settings: Reconstruction
     activations: bool
 
+    @property
+    def stage(self) -> str:
+        """What its records are of."""
+        return "tuning" if self.name == "piece" else f"tuning of {self.name}"
+
 
 @dataclass(frozen=True)
 class _Tools:
@@ -131,7 +137,7 @@ def _blocks_in_a_row(
     network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
     pieces, context, shelf = block_pieces(network, student), tools.context, tools.shelf
-    context.reporter.note(describe(shelf, _boundaries(pieces, images, context)))
+    context.reporter.note(describe(shelf, *_boundaries(pieces, images, context)))
     index, count = 0, len(tuned_pieces(pieces))
     from_teacher = from_student = images
     for piece in pieces:
@@ -163,6 +169,7 @@ def _layers_one_by_one(
     network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
     pieces = layer_pieces(network, student.network)
+    tools.context.reporter.note(describe(tools.shelf, [], _most_at_once(network, pieces, images)))
     networks = (network, student.network)
     _one_by_one(pieces, networks, (images, images), 0, len(pieces), sweep, tools)
 
@@ -205,14 +212,29 @@ def values(
     return run(part, inputs, context, shelf)
 
 
-def _boundaries(pieces: list[Piece], images: Tensor, context: Context) -> list[tuple[int, ...]]:
-    """Return the shape of what each piece puts out for all images."""
-    value, shapes = images[:1].to(context.policy.device), []
+def _boundaries(
+    pieces: list[Piece], images: Tensor, context: Context
+) -> tuple[list[tuple[int, ...]], int]:
+    """Return the shape of what each piece puts out for all images, and the most bytes that one in parts takes."""
+    value, shapes, most = images[:1].to(context.policy.device), [], 0
     with torch.no_grad():
         for piece in pieces:
+            if piece.parts:
+                all_images = value.expand(len(images), *value.shape[1:])
+                most = max(
+                    most,
+                    2 * all_images.nbytes + _most_at_once(piece.teacher, piece.parts, all_images),
+                )
             value = piece.teacher(value)
             shapes.append((len(images), *value.shape[1:]))
-    return shapes
+    return shapes, most
+
+
+def _most_at_once(network: GraphModule, pieces: Sequence[Piece], images: Tensor) -> int:
+    """Return the bytes of two inputs and the target of the largest of some pieces, for all images."""
+    shapes = Shapes.of(network, images[:1])
+    sizes = {name: 4 * len(images) * shape.numel() for name, shape in shapes.items()}
+    return max(2 * sizes[piece.source] + sizes[piece.output] for piece in pieces)
 
 
 @torch.no_grad()
@@ -258,20 +280,22 @@ def _tune_or_restore(
         for step in range(steps if tuner.optimizers else 0):
             loss = tuner.step(step)
             if step % RECORD_EVERY == 0 or step == steps - 1:
-                _record(context, loss, step, index, piece)
+                _record(context, sweep.stage, loss, step, index, piece)
             task.advance(1, loss=loss)
         undecided = tuner.finish()
         context.group.align(piece.student)
-    context.record("tuning", steps, piece=piece.name, undecided=undecided)
+    context.record(sweep.stage, steps, piece=piece.name, undecided=undecided)
     context.checkpoints.save(name, piece_state(piece, activations=sweep.activations))
     context.flush()
 
 
-def _record(context: Context, loss: Tensor, step: int, index: int, piece: Piece) -> None:
+def _record(
+    context: Context, stage: str, loss: Tensor, step: int, index: int, piece: Piece
+) -> None:
     value = float(context.group.mean({"loss": loss}, 1 / context.group.size)["loss"])
     if not math.isfinite(value):
         raise RunError(
             f"the reconstruction loss of {piece.name} became {value} at or before step {step}. Lower "
             "tuning.rounding_lr or tuning.scale_lr with --set, and check the images for outliers."
         )
-    context.record("tuning", step, loss=value, piece=piece.name, index=index)
+    context.record(stage, step, loss=value, piece=piece.name, index=index)
