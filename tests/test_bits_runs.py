@@ -39,6 +39,9 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"bits.yaml", "bits_frontier.png", "bits_sensitivity.png"} <= names
+    assert package.diagnose(tmp_path / "run", images=2).planned == tuple(plan["layers"])
+    (tmp_path / "run" / "bits.yaml").write_text("cut o")
+    assert package.diagnose(tmp_path / "run", images=2).planned == ()
     stored = onnx.load(tmp_path / "run" / "model.onnx").graph.initializer
     assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= {i.data_type for i in stored}
     assert sum(len(i.raw_data) for i in stored if len(i.dims) > 1) == plan["onnx_bytes"]

@@ -223,12 +223,22 @@ def test_the_hosts_full_memory_is_one_sentence(monkeypatch, capsys):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_only_quantize_is_shared_by_processes(monkeypatch, capsys, rank):
+    told = {
+        "WORLD_SIZE": "2",
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "1",
+    }
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    code, out, err = zsq(monkeypatch, capsys, "env")
+    assert zsq(monkeypatch, capsys, "recipes", "genie")[0] == 0  # some clusters set it everywhere
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert zsq(monkeypatch, capsys, "recipes", "--help")[0] == 0
+    code, out, err = zsq(monkeypatch, capsys, "recipes")
     assert (code, out) == (2, "")
     assert err == (
-        "zsq: only quantize can be shared; start `zsq env` without torchrun.\n"
+        "zsq: only quantize can be shared; start `zsq recipes` without torchrun.\n"
         if rank == "0"
         else ""
     )

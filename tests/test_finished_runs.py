@@ -63,11 +63,14 @@ def test_what_is_missing_of_a_finished_run_is_made_again(
     made, copy, monkeypatch, capsys, name, settings, lost
 ):
     run = copy(name)
+    recorded = (run / "metrics.jsonl").read_bytes()
     (run / lost).unlink()
     code, _, err = zsq(monkeypatch, capsys, *command(made, run, settings, "--resume"))
     assert code == 0, err
     for file in (lost, "student.safetensors", "integer.safetensors"):
         assert tensors(run / file) == tensors(made / name / file)
+    if lost == "equalization.safetensors":
+        assert (run / "metrics.jsonl").read_bytes() == recorded
 
 
 def test_a_student_made_again_is_exported_again(made, copy, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that cannot work leave no run behind that would be in the way of the next one."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers.runs import FEW, write_images
@@ -9,7 +11,8 @@ from torch import nn
 from zsq import quantize, running
 from zsq.config import load_recipe
 from zsq.errors import UsageError
-from zsq.requests import warn_of_floating
+from zsq.requests import check_request, warn_of_floating
+from zsq.runtime.group import Group
 from zsq.runtime.progress import QuietReporter
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import load_teacher
@@ -37,6 +40,12 @@ def without_pooling():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
     )
+
+
+def with_norms():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )  # fmt: skip
 
 
 def without_norms():
@@ -71,6 +80,10 @@ class Attention(nn.Module):
 
 #: Parts of which the second asks for a classifier's rows.
 PARTS = {"method": "mixed", "images": 8, "parts": ["genie", "qimera"]}
+#: A recipe whose pixels have nothing to be optimised for.
+AIMLESS = load_recipe(
+    "hast", settings=["synthesis.losses.batch_statistics=0", "synthesis.losses.cross_entropy=0"]
+)
 #: A recipe that begins with a reconstruction, layer by layer.
 STARTS = load_recipe(
     "hast", schedule="quick", settings=["tuning.start.unit=layer", "tuning.losses.alignment=0"]
@@ -99,12 +112,39 @@ def ask(out, network, **more):
     (TwoHeads, {"recipe": load_recipe("mixed", synthesis=PARTS)}, r"2 operands.*embedding=random"),
     (Attention, {"recipe": "adaround"}, r"attention.*cannot be tuned one by one.*tuning\.unit=block"),
     (Attention, {"recipe": STARTS}, r"cannot be tuned one by one.*tuning\.start\.unit=block"),
+    (without_norms, {"images": NOISE, "recipe": load_recipe("genie", overrides=[{"match": "3"}])}, "no bits"),
+    (with_norms, {"recipe": AIMLESS}, "no term with a weight"),
     (without_norms, {"images": NOISE, "recipe": FIRST}, "'0' gives activations 8 bits, and protocol"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_run_is_begun(tmp_path, network, more, says):
     with pytest.raises(UsageError, match=says):
         ask(tmp_path / "run", network(), **more)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("recipe", "settings", "size", "says"), [
+    ("genie", ["tuning.batch=2"], 3, "tuning.batch gives 2"),
+    ("hast", ["tuning.start.batch=2"], 3, "tuning.start.batch gives 2"),
+    ("gdfq", ["synthesis.batch=2"], 3, "synthesis.batch gives 2"),
+    ("gdfq", ["tuning.batch=1", "tuning.start.batch=8"], 3, None),  # a generator's batch is the student's
+])  # fmt: skip
+def test_more_processes_than_images_of_a_step_are_refused_before_images_are_made(
+    recipe, settings, size, says
+):
+    teacher = load_teacher(with_norms(), input_shape=(3, 8, 8))
+    asked = load_recipe(recipe, schedule="quick", settings=settings)
+    group = Group(0, size, "cpu", 0)
+    with pytest.raises(UsageError, match=says) if says else nullcontext():
+        check_request(teacher, asked, None, group)
+
+
+def test_images_are_counted_by_the_process_that_has_them():
+    teacher = load_teacher(with_norms(), input_shape=(3, 8, 8))
+    asked = load_recipe("genie", settings=["synthesis.images=2", "synthesis.batch=2"])
+    check_request(teacher, asked, NOISE, Group(0, 4, "cpu", 0))
+    check_request(teacher, asked, "given 0123", Group(1, 4, "cpu", 1))
+    with pytest.raises(UsageError, match=r"tuning\.batch gives 3"):
+        check_request(teacher, asked, NOISE[:3], Group(0, 4, "cpu", 0))
 
 
 def test_one_logit_is_no_classifier(tmp_path):

@@ -244,6 +244,58 @@ def test_the_steps_in_a_row_are_what_quantize_does():
     )
 
 
+FINISHED = ["tuning.steps=2", "tuning.equalize_steps=2", "tuning.batch=8", "synthesis.images=8",
+            "synthesis.batch=8", "synthesis.steps=2"]  # fmt: skip
+
+
+def test_a_finished_student_stays_as_it_is():
+    """No gradient is left for somebody's optimiser, and a step run twice does not tune integers."""
+    teacher, asked = teacher_of(), load_recipe("genie", bits="w4a4", settings=FINISHED)
+    ready, student = zsq.prepare(teacher, asked, smooth_images(8))
+    student = zsq.tune(ready, student, smooth_images(8))
+    assert all(parameter.grad is None for parameter in student.parameters())
+    for finished in (student, student.copy()):
+        assert not finished.training
+        with pytest.raises(UsageError, match="this student is finished"):
+            zsq.tune(ready, finished, smooth_images(8))
+    with pytest.raises(UsageError, match="'genie' has no generator"):
+        zsq.tune_with_generator(ready, attach(ready, asked))
+
+
+def test_a_generators_steps_in_a_row_are_what_quantize_does():
+    settings = ["synthesis.images=8", "synthesis.batch=8", "synthesis.steps=2", "tuning.steps=2",
+                "tuning.start.steps=2", "tuning.start.equalize_steps=2", "tuning.start.batch=8"]  # fmt: skip
+    asked = load_recipe("gdfq", schedule="quick", bits="w4a4", settings=settings)
+    torch.manual_seed(0)
+    module = with_own_statistics(Residual())
+    whole = zsq.quantize(module, asked, input_shape=SHAPE, precision="fp32", compile=False)
+    teacher = load_teacher(module, input_shape=SHAPE)
+    ready, student = zsq.prepare(teacher, asked, zsq.first_images(teacher, asked))
+    student, _ = zsq.tune_with_generator(ready, student, original=teacher)
+    assert same_weights(student, whole)
+
+
+def test_the_callers_chance_goes_on_where_it_was():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    teacher = load_teacher("zsq:resnet20_cifar10")
+    asked = load_recipe("genie", settings=[*FINISHED, "synthesis.images=4", "synthesis.batch=4"])
+    zsq.synthesize(teacher, asked)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_image_sets_of_other_types_are_taken(kind):
+    teacher, asked = teacher_of(), load_recipe("zeroq")
+    pixels = smooth_images(8).to(kind).requires_grad_()
+    given = zsq.ImageSet(pixels, torch.zeros(8, dtype=torch.int32))
+    for images in (pixels, given):
+        ready, student = zsq.prepare(teacher, asked, images)
+        assert zsq.tune(ready, student, images)(smooth_images(2)).isfinite().all()
+    with pytest.raises(UsageError, match="not a ndarray"):
+        zsq.prepare(teacher, asked, pixels.detach().numpy())
+
+
 def test_steps_take_pixels_as_quantize_does():
     """Whoever tries a synthesis of their own has a tensor."""
     settings = ["tuning.steps=4", "tuning.equalize_steps=3", "tuning.batch=8", "equalize=0.5"]
@@ -258,7 +310,7 @@ def test_steps_take_pixels_as_quantize_does():
     )
     assert same_weights(zsq.tune(ready, student, pixels, context=context), whole)
     with pytest.raises(UsageError, match=r"\(3, 4, 4\) but the network takes"):
-        zsq.tune(ready, student, pixels[:, :, :4, :4])
+        zsq.prepare(ready, asked, pixels[:, :, :4, :4])
 
 
 @pytest.mark.parametrize("protocol", ["edges-8bit", "integer"])

@@ -2,6 +2,7 @@
 """Many runs from one file."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -112,6 +113,31 @@ def test_bad_files_are_refused(tmp_path, text, message):
 def test_an_option_that_does_not_exist_is_the_error_of_its_cell():
     """The last line of what the command line says then is the border of a box."""
     assert "No such option: --nonsense" in sweep._zsq(["quantize", "--nonsense"], 1)
+
+
+def test_cells_are_told_whom_not_to_outlive(monkeypatch):
+    told = {}
+
+    def run(command, env, **options):
+        told.update(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert sweep._zsq(["env"], 1) == ""
+    assert told[machine.ENDS_WITH_PARENT] == str(os.getpid())
+
+
+def test_the_command_line_ends_with_its_parent(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "end_with_parent", lambda: asked.append(True))
+    zsq(monkeypatch, capsys, "env")
+    assert asked
+
+
+def test_a_run_is_no_folder_for_a_sweep(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a run"):
+        run_sweep(Sweep(models=("a",), recipes=("b",)), tmp_path)
 
 
 PARENT = """

@@ -6,8 +6,9 @@ import io
 import pytest
 from rich.console import Console
 
+from zsq.bench.tables import bench_tables
 from zsq.config import load_recipe
-from zsq.tables import export_table, inspection_tables, recipes_table
+from zsq.tables import export_table, inspection_tables, recipes_table, sweep_tables
 from zsq.teacher.inspect import inspect_teacher
 from zsq.teacher.teacher import load_teacher
 
@@ -38,6 +39,42 @@ def test_a_layer_of_resnet20_is_one_line():
         "4/4/4",
     ] in lines
     assert ["output", "10x64", "1", "640", "8/8/4"] in lines
+
+
+def test_figures_of_a_sweep_are_whole_beside_long_names():
+    row = {
+        "model": "pytorchcv:mobilenetv2_w1", "recipe": "folder/of/recipes/mine_with_a_long_name.yaml",
+        "bits": "plans/bits_of_another_name.yaml", "seed": 12, "student": 71.23, "drop": 2.04, "ratio": 7.77,
+        "status": "not evaluated", "error": "why", "folder": "f",
+    }  # fmt: skip
+    text = "\n".join(printed(sweep_tables([row])))
+    for told in ("71.23", "2.04", "7.77", "12", "why", "1 of 1 cells failed"):
+        assert told in text
+    assert "…" not in text
+
+
+def test_growth_is_whole_where_a_point_failed():
+    good = {
+        "along": "network", "loop": "reconstruction", "size": "pytorchcv:resnet50", "seconds": 1.0,
+        "images_per_second": 123.4, "schedule_seconds": 1e6, "peak_memory_bytes": 10**9,
+    }  # fmt: skip
+    bad = {"along": "network", "loop": "genie", "size": "pytorchcv:vgg", "error": "too large " * 12}
+    found = {
+        "model": "m", "device": "cpu", "growth": [good, bad],
+        "loops": [LOOP],
+    }  # fmt: skip
+    text = " ".join("\n".join(printed(bench_tables(found))).split())
+    for told in ("16666.7 min", "1.00 GB", "123.4", "pytorchcv:vgg: too large"):
+        assert told in text
+    assert "…" not in text
+
+
+LOOP = {
+    "loop": "genie", "precision": "float32", "compiled": False, "batch": 4, "seconds": 0.1,
+    "steps_per_second": 10.0, "images_per_second": 40.0, "flops": 1e9, "share_of_peak": 0.1,
+    "bare": {"seconds": 0.1, "share_of_peak": 0.1}, "ratio_to_bare": 1.0, "peak_memory_bytes": 10**9,
+    "threads": 1, "matmul_peak": 1e12, "memory_kind": "resident",
+}  # fmt: skip
 
 
 def test_a_recipe_is_told_whole():

@@ -17,7 +17,8 @@ from zsq.bits.choose import choose_bits
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save
-from zsq.stages import prepare, synthesize, tune, tune_with_generator
+from zsq.runtime.context import Context
+from zsq.stages import first_images, prepare, synthesize, tune, tune_with_generator
 from zsq.student import Student, attach
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.inspect import inspect_teacher as inspect
@@ -25,6 +26,7 @@ from zsq.teacher.teacher import Teacher, load_teacher
 
 __version__ = version("zsq")
 __all__ = [
+    "Context",
     "ImageSet",
     "Recipe",
     "Student",
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate",
     "examine_images",
     "export",
+    "first_images",
     "inspect",
     "load",
     "load_recipe",

@@ -43,7 +43,7 @@ from zsq.options import (
     reporter_for,
     show,
 )
-from zsq.runtime.machine import end_with_parent
+from zsq.runtime.machine import end_with_parent, is_one_of_several
 
 #: What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
@@ -66,9 +66,9 @@ app = typer.Typer(
 
 def _refuse_to_share(command: str | None) -> None:
     """Let `torchrun` start `quantize` alone: others would do all their work in every process."""
-    if command in {None, "quantize"} or os.environ.get("WORLD_SIZE", "1") == "1":
+    if command in {None, "quantize", "env"} or not is_one_of_several() or "--help" in sys.argv:
         return
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ["RANK"] == "0":
         _tell(UsageError(f"only quantize can be shared; start `zsq {command}` without torchrun."))
     raise ToldError(UsageError.exit_code)
 

@@ -95,7 +95,7 @@ def _without_methods(place: tuple[str, ...]) -> tuple[str, ...]:
 
 
 #: Groups of settings that a schedule, or the size of images, puts in the place of others.
-_SCHEDULES = ("quick", "large", "large_quick")
+_SCHEDULES = ("large", "quick", "large_quick")
 
 
 def load_recipe(
@@ -156,8 +156,8 @@ def _apply_all(data: dict[str, Any], settings: Iterable[str], changes: dict[str,
         field = setting.partition("=")[0].partition(".")[0].strip()
         if field in _SCHEDULES:
             raise UsageError(
-                f"--set {setting!r} changes what a schedule would set, which is done already; set "
-                f"{setting.strip().removeprefix(f'{field}.')!r} itself."
+                f"--set {setting!r} changes what a schedule would set, which is done already; set its fields "
+                "themselves, as in --set tuning.steps=500."
             )
         if changes.get(field) is not None:
             raise UsageError(
@@ -173,18 +173,19 @@ def _put_in_place(data: dict[str, Any], group: str) -> None:
 
 
 def _check_schedules(data: dict[str, Any]) -> None:
-    """Name a wrong setting of a schedule that is not asked for, too: its author may never ask for it."""
-    for group in _SCHEDULES:
+    """Name a setting that does not exist in a schedule that is not asked for: its author may never ask for it."""
+    for groups in (("large",), ("quick",), _SCHEDULES):
         tried = copy.deepcopy(data)
         try:
-            _put_in_place(tried, group)
+            for group in groups:
+                _put_in_place(tried, group)
             _fill_in_parts(tried, "full", False)
-        except UsageError:
-            continue  # what is wrong with the recipe itself is named by whoever goes on
-        try:
             Recipe.model_validate(tried)
+        except UsageError:
+            continue  # what else is wrong is named where it is asked for, unless that sets it right
         except ValidationError as error:
-            raise _complaint(error) from error
+            if error.errors()[0]["type"] == "extra_forbidden":
+                raise _complaint(error) from error
 
 
 def _fill_in_parts(data: dict[str, Any], schedule: Literal["quick", "full"], large: bool) -> None:

@@ -113,7 +113,7 @@ def quantize(
     """
     if example_inputs is not None and input_shape is None:
         input_shape = shape_of(example_inputs)
-    group = group or Group()
+    group, seed = group or Group(), int(seed)
     with group.one_first():
         teacher = load_teacher(
             model, input_shape=input_shape, mean=mean, std=std, resize=resize, weights=weights,

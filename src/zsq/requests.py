@@ -20,11 +20,13 @@ from zsq.preparation import reconstruction_of
 from zsq.quantizers.protocol import check_overrides, place
 from zsq.runtime.group import Group
 from zsq.runtime.progress import Reporter
+from zsq.stages import learns_together
 from zsq.student import prepared_network
 from zsq.synthesis.centers import pooled_width
 from zsq.synthesis.generators import reads_classifier
 from zsq.synthesis.images import Images, ImageSet
 from zsq.synthesis.objective import count_classes
+from zsq.synthesis.pixels import check_losses
 from zsq.synthesis.qimera import classifier_rows
 from zsq.teacher.inspect import floating_layers
 from zsq.teacher.taps import tap_batch_norms
@@ -54,8 +56,9 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     if reconstruction is not None and reconstruction.unit == "layer":
         started = isinstance(recipe.tuning, Finetuning)
         check_single_layers(network, "tuning.start.unit" if started else "tuning.unit")
-    _check_batches(recipe, images, group)
     if images is None:
+        together = learns_together(recipe, images)
+        _check_batches(recipe, recipe.synthesis.images, group, together=together)
         tap_batch_norms(teacher.network)
         _check_features(teacher, recipe)
     if group.rank or images is None:
@@ -63,21 +66,30 @@ def check_request(teacher: Teacher, recipe: Recipe, images: Images, group: Group
     if isinstance(images, Tensor):
         images = ImageSet(images, torch.zeros(len(images)))
     if isinstance(images, ImageSet):
-        images.check(teacher.info.input_shape)
+        _check_batches(recipe, len(images.check(teacher.info.input_shape)), group, together=False)
         if isinstance(recipe.tuning, Finetuning):
             images.check_labels(count_classes(teacher))
     else:
         opened = open_for(teacher.info, images)
+        count = min(recipe.synthesis.images, len(opened))
+        _check_batches(recipe, count, group, together=False)
         if isinstance(recipe.tuning, Finetuning):
             _check_folders(opened, count_classes(teacher))
 
 
-def _check_batches(recipe: Recipe, images: Images, group: Group) -> None:
-    """Refuse more processes than there are images in a step."""
-    given = images.images if isinstance(images, ImageSet) else images
-    count = len(given) if isinstance(given, Tensor) else recipe.synthesis.images
-    tuning = recipe.tuning
-    if isinstance(tuning, Finetuning | Reconstruction):
+def _check_batches(recipe: Recipe, count: int, group: Group, *, together: bool) -> None:
+    """Refuse more processes than there are images in a step.
+
+    Args:
+        recipe: resolved.
+        count: of images to tune on.
+        group: the processes of the run.
+        together: a generator makes every batch that the student learns from.
+    """
+    tuning, synthesis = recipe.tuning, recipe.synthesis
+    if together and isinstance(synthesis, GeneratorSynthesis):
+        group.check_batch(synthesis.batch, "synthesis.batch")
+    elif isinstance(tuning, Finetuning | Reconstruction):
         group.check_batch(min(tuning.batch, count), "tuning.batch")
     if isinstance(tuning, Finetuning) and tuning.start is not None:
         group.check_batch(min(tuning.start.batch, count), "tuning.start.batch")
@@ -87,8 +99,10 @@ def _check_features(teacher: Teacher, recipe: Recipe) -> None:
     """Refuse syntheses that ask for a classifier's rows or pooled features where there are none."""
     synthesis = recipe.synthesis
     for part in synthesis.parts if isinstance(synthesis, MixedSynthesis) else (synthesis,):
-        if isinstance(part, PixelSynthesis) and part.losses.class_band:
-            pooled_width(teacher)
+        if isinstance(part, PixelSynthesis):
+            check_losses(part)
+            if part.losses.class_band:
+                pooled_width(teacher)
         if isinstance(part, GeneratorSynthesis) and reads_classifier(part):
             classifier_rows(teacher.network)
 

@@ -125,7 +125,7 @@ def make_student(
         elif equalization_steps(recipe):
             quiet = replace(context, metrics=None)
             _learn_again(
-                folder, teacher, recipe, lambda: first_images(teacher, recipe, quiet), context
+                folder, teacher, recipe, lambda: first_images(teacher, recipe, quiet), quiet
             )
     else:
         if not have_images:
@@ -140,7 +140,7 @@ def make_student(
         elif equalization_steps(recipe):
             _learn_again(
                 folder, teacher, recipe,
-                lambda: ImageSet.shared(group, lambda: ImageSet.load(pictures)), context,
+                lambda: ImageSet.shared(group, lambda: ImageSet.load(pictures)), replace(context, metrics=None),
             )  # fmt: skip
     return load_shared_student(result, group)
 

@@ -19,6 +19,7 @@ from zsq.config import (
     Reconstruction,
     load_recipe,
 )
+from zsq.errors import UsageError
 from zsq.evaluation.folder import load_images, open_for
 from zsq.preparation import has_a_learning_generator, prepared
 from zsq.runtime.ambient import own_modes
@@ -100,6 +101,7 @@ def tune(
         RunError: a loss became NaN.
     """
     context = context or Context()
+    _check_unfinished(student)
     images = image_set(images, teacher, context)
     if isinstance(student.recipe.tuning, Finetuning):
         images.check_labels(count_classes(teacher))
@@ -107,6 +109,18 @@ def tune(
     student = _tune(teacher, student, images, context)
     context.group.align(student.network)
     return student
+
+
+def _check_unfinished(student: Student) -> None:
+    """Refuse to tune integers.
+
+    Raises:
+        UsageError: the student was tuned before.
+    """
+    if student.finished:
+        raise UsageError(
+            "this student is finished: its weights are integers, which nothing tunes; `prepare` makes another."
+        )
 
 
 def _tune(teacher: Teacher, student: Student, images: ImageSet, context: Context) -> Student:
@@ -154,8 +168,12 @@ def tune_with_generator(
     """
     context = context or Context()
     settings, tuning = student.recipe.synthesis, student.recipe.tuning
-    assert isinstance(settings, GeneratorSynthesis)
-    assert isinstance(tuning, Finetuning)
+    _check_unfinished(student)
+    if not isinstance(settings, GeneratorSynthesis) or not isinstance(tuning, Finetuning):
+        raise UsageError(
+            f"recipe {student.recipe.name!r} has no generator that learns with its student; use `tune` with the images "
+            "of `synthesize`."
+        )
     context.group.align(student.network)
     if tuning.start is not None:
         warmed, images = warmed_generator(original or teacher, settings, context, tuning.steps)
@@ -215,8 +233,23 @@ def _produce_together(
     return _start_together(ready, student, warmed, images, context)
 
 
-def first_images(teacher: Teacher, recipe: Recipe, context: Context) -> ImageSet:
-    """Return the images that a student was equalized and begun on which then learned together with their generator."""
+@own_modes()
+def first_images(teacher: Teacher, recipe: Recipe, context: Context | None = None) -> ImageSet:
+    """Return a generator's images from before a student learns with it.
+
+    They are what `prepare` equalizes channels by where a recipe whose generator learns begins with a
+    reconstruction (the quick ones of the GDFQ family); `tune_with_generator` makes the same ones again.
+
+    Args:
+        teacher: from `load_teacher`.
+        recipe: resolved.
+        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
+
+    Raises:
+        UsageError: the teacher has no batch norm with running statistics.
+        RunError: the loss became NaN.
+    """
+    context = context or Context()
     settings, tuning = recipe.synthesis, recipe.tuning
     assert isinstance(settings, GeneratorSynthesis)
     assert isinstance(tuning, Finetuning)
@@ -245,7 +278,7 @@ def prepare(
         teacher: from `load_teacher`; stays as it is.
         recipe: its protocol, bits, and how channels are equalized.
         images: an `ImageSet`, or a normalised tensor (N, C, H, W), which say how large channels are; None
-            where a generator is still to make them.
+            where a generator is still to make them; where it begins a reconstruction, those of `first_images`.
         context: seed, device, progress; defaults to seed 0 on the CPU in float32.
 
     Returns:

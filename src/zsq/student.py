@@ -34,7 +34,10 @@ class Student(nn.Module):
         placement: what is quantized to how many bits.
         info: what is known of the model.
         recipe: what the student was made with.
+        finished: whether its weights are integers for good.
     """
+
+    finished = False
 
     def __init__(
         self, network: GraphModule, placement: Placement, info: ModelInfo, recipe: Recipe
@@ -70,11 +73,16 @@ class Student(nn.Module):
             layer.freeze()
         for quantizer in self.quantizers().values():
             quantizer.settle()
+        for parameter in self.parameters():
+            parameter.grad = None  # an optimiser would take a step along it
+        self.finished = True
         return self.requires_grad_(False).eval()
 
     def copy(self) -> Student:
         """Return an independent copy."""
-        return Student(copy.deepcopy(self.network), self.placement, self.info, self.recipe)
+        copied = Student(copy.deepcopy(self.network), self.placement, self.info, self.recipe)
+        copied.finished = self.finished
+        return copied.train(self.training)
 
 
 def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:

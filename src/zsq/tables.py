@@ -41,7 +41,10 @@ def new_table(title: str, *columns: str, texts: int = 1) -> Table:
     for index, column in enumerate(columns):
         text = index < texts
         table.add_column(
-            column, justify="left" if text else "right", overflow="fold", no_wrap=not text
+            column,
+            justify="left" if text else "right",
+            overflow="fold" if text else "ellipsis",
+            no_wrap=not text,
         )
     return table
 
@@ -215,13 +218,13 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
 def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
     """Show a sweep's cells."""
     table = new_table(
-        "sweep", "model", "recipe", "bits", "seed", "top-1 %", "drop", "smaller", "status"
-    )
+        "sweep", "model", "recipe", "bits", "status", "seed", "top-1 %", "drop", "smaller", texts=4
+    )  # fmt: skip
     for row in rows:
         shown = [row.get(key) for key in ("student", "drop", "ratio")]
         cells = ["" if value is None else f"{value:.2f}" for value in shown]
-        table.add_row(escape(row["model"]), escape(row["recipe"]), row["bits"], str(row["seed"]), *cells,
-                      row["status"])  # fmt: skip
+        table.add_row(escape(row["model"]), escape(row["recipe"]), escape(row["bits"]), row["status"],
+                      str(row["seed"]), *cells)  # fmt: skip
     yield table
     failed = [row for row in rows if row["status"] != "done"]
     if failed:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
+import torch
 from torch import Tensor, nn
 
 from zsq.demo import DIGITS_MEAN, DIGITS_SHAPE, DIGITS_STD, DigitsNet
@@ -148,14 +149,15 @@ def build(name: str, *, pretrained: bool = True) -> nn.Module:
         272474
     """
     entry = ZOO[name]
-    module = entry.builder().eval()
     if not pretrained:
-        return module
+        return entry.builder().eval()
     if entry.weights is None:
         raise UsageError(
             f"zsq:{name} comes without weights: pass them with --weights FILE ('zsq demo' trains "
             "and saves some), or --weights random to look at the architecture alone."
         )
+    with torch.random.fork_rng(devices=[]):  # what is overwritten draws nothing from the caller
+        module = entry.builder().eval()
     packaged = resources.files("zsq") / "weights" / entry.weights
     with resources.as_file(packaged) as path:
         load_checkpoint(module, path)

@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,13 @@ folder = RunFolder.start(sys.argv[1], {"model": "net.pt2", "recipe": {"name": "g
 print("held", flush=True)
 time.sleep(60)
 """
+
+
+def test_a_run_whose_folder_is_gone_is_withdrawn_without_a_word(tmp_path):
+    folder = RunFolder.start(tmp_path / "run", {}, resume=False)
+    shutil.rmtree(tmp_path / "run")
+    folder.withdraw()
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_at_a_time_works_on_a_run_and_a_killed_one_is_in_nobodys_way(tmp_path):

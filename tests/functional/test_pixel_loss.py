@@ -61,6 +61,15 @@ def test_values_that_images_have_one_of_are_spread_over_a_batch():
             assert found[group].item() == pytest.approx((gap**2 + spread**2).sum().item(), rel=1e-4)
 
 
+def test_vectors_as_images_are_spread_over_their_batch_too():
+    generator = torch.Generator().manual_seed(3)
+    vectors = 2 * torch.randn(2 * 8, 3, 1, 1, generator=generator) + 0.5
+    found = image_statistics_distance(vectors, [], [], [], 2)
+    for group, part in enumerate(vectors.double().flatten(1).split(8)):
+        expected = (part.mean(0) ** 2 + ((part.var(0) + 1e-6).sqrt() - 1) ** 2).sum()
+        assert found[group].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_batch_statistics_are_those_of_each_batch_alone():
     inputs, means, variances = layers(groups=3)
     together = batch_statistics_distance(inputs, means, variances, 3)

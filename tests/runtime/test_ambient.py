@@ -13,6 +13,7 @@ from helpers.networks import Residual, with_own_statistics
 
 import zsq
 from zsq.runtime.ambient import own_modes
+from zsq.runtime.policy import make_policy
 
 FEW = ["synthesis.images=8", "synthesis.batch=8", "synthesis.steps=2", "tuning.steps=2", "tuning.batch=4"]  # fmt: skip
 
@@ -82,6 +83,25 @@ def test_a_student_is_the_same_under_any_mode(mode, expected):
     found = student.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_weights_that_move_are_not_those_of_the_callers_autocast(enabled):
+    """Which keeps copies in bf16 until its own end, however many others begin and end within."""
+    policy = make_policy("cpu", "bf16", compile=False)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+
+    def twice():
+        with policy.autocast():
+            before = layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1)
+        with policy.autocast():
+            return before, layer(x)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        before, after = twice()
+    assert not torch.equal(before, after)
 
 
 def test_a_network_made_in_inference_mode_is_taken(expected):

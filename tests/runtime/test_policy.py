@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from zsq.errors import UsageError
 from zsq.runtime.optimizers import optimizer_state, restore_optimizer
-from zsq.runtime.policy import Compiled
+from zsq.runtime.policy import Compiled, make_policy
 
 
 def refuse(graph, inputs):
@@ -86,3 +87,8 @@ def test_steps_are_counted_where_the_optimiser_counts_them(group, place):
         assert state["step"].device.type == place
         assert state["exp_avg"].device.type == "meta"
         assert state["exp_avg"].shape == parameter.shape
+
+
+def test_precisions_that_do_not_exist_are_refused():
+    with pytest.raises(UsageError, match="'fp16' is none of auto, fp32, bf16"):
+        make_policy("cpu", "fp16")

@@ -182,9 +182,9 @@ def test_a_set_says_where_it_came_from(teacher):
     assert json.loads(json.dumps(made.provenance))["settings"]["method"] == "pixels"
 
 
-def test_no_term_is_refused():
+def test_no_term_is_refused(teacher):
     with pytest.raises(UsageError, match=r"choose among image_statistics.*batch_statistics=1"):
-        load_recipe("zeroq", settings=["synthesis.losses.image_statistics=0"])
+        make(teacher, losses={"batch_statistics": 0.0})
 
 
 def test_nan_stops_with_the_step(teacher):

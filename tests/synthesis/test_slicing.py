@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches in slices: loss, gradients and images are those of the whole batch."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers.networks import Residual, randomise
@@ -89,6 +92,20 @@ def test_what_a_backward_pass_keeps_is_counted_once():
     # exp keeps its result, sin its argument, which is that very tensor
     assert kept_bytes(lambda: x.exp().sin()) == 4000
     assert kept_bytes(lambda: (x.exp() * x).sin()) == 12_000
+
+
+def test_what_was_counted_is_freed():
+    """A tensor of the graph that its own hooks keep is never."""
+    made = []
+
+    def function():
+        y = torch.ones(10, requires_grad=True).exp()
+        made.append(weakref.ref(y))
+        return y.sin()
+
+    kept_bytes(function)
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ RELU, BOUNDED = "aten.relu.default", "aten.hardtanh.default"
 WAYS = {
     "clamp": (lambda x: x.clamp(min=0), RELU),
     "clamp_": (lambda x: x.clamp_(min=0), RELU),
+    "clip": (lambda x: torch.clip(x, 0, None), RELU),
     "clamp_min": (lambda x: x.clamp_min(0.0), RELU),
     "threshold": (lambda x: functional.threshold(x, 0, 0), RELU),
     "bounded": (lambda x: x.clamp(0, 6), BOUNDED),

@@ -65,6 +65,6 @@ def name_of(images: Images) -> str:
     parts = [images] if isinstance(images, Tensor) else [images.images, images.labels.long()]
     digest = hashlib.sha256()
     for part in parts:
-        values = part.float() if part.is_floating_point() else part
+        values = part.detach().float() if part.is_floating_point() else part
         digest.update(values.cpu().contiguous().numpy().tobytes())
     return f"given {digest.hexdigest()[:16]}"

@@ -83,6 +83,7 @@ def load_student(path: Path) -> Student:
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     student = Student(network, placement, _info(header), recipe)
+    student.finished = True
     return student.requires_grad_(False).eval()
 
 

@@ -18,10 +18,12 @@ from zsq.artifact.facts import (
     settings_of,
 )
 from zsq.errors import UsageError
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
 
 
+@own_modes()
 def write_report(
     runs: str | Path | Sequence[str | Path], out: str | Path | None = None, *,
     real: str | Path | None = None, reporter: Reporter | None = None,
@@ -46,12 +48,13 @@ def write_report(
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
         raise UsageError("no run was given; name the folder of at least one finished run.")
+    path = Path(out) if out is not None else Path(runs[0]) / "report.html"
     if out is not None:
-        check_destination(Path(out), (".html", ".htm"))
+        check_destination(path, (".html", ".htm"))
     for run in runs:  # a diagnosis takes a minute
         check_facts(run, real)
+    check_destination(path)
     facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
-    path = Path(out) if out is not None else Path(runs[0]) / "report.html"
     for target, text in ((path, html_page(facts)), (path.with_suffix(".md"), markdown(facts))):
         with atomic_write(target) as temporary:
             temporary.write_text(text, encoding="utf-8")

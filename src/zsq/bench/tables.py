@@ -32,7 +32,7 @@ def bench_tables(found: dict[str, Any]) -> Iterable[RenderableType]:
     )
     points = found.get("growth", [])
     for along in dict.fromkeys(point["along"] for point in points):
-        yield _growth(along, [point for point in points if point["along"] == along])
+        yield from _growth(along, [point for point in points if point["along"] == along])
 
 
 def _figures(row: dict[str, Any]) -> dict[str, str]:
@@ -74,20 +74,29 @@ def _blocks(row: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _growth(along: str, points: list[dict[str, Any]]) -> RenderableType:
+def _growth(along: str, points: list[dict[str, Any]]) -> Iterable[RenderableType]:
     table = new_table(
-        f"growth along {along}", "loop", along, "ms a step", "images/s", "schedule", "memory"
+        f"growth along {along}",
+        "loop",
+        along,
+        "ms a step",
+        "images/s",
+        "schedule",
+        "memory",
+        texts=2,
     )
+    failed = []
     for point in points:
         place = [point["loop"], escape(point["size"])]
         if "error" in point:
-            table.add_row(*place, escape(point["error"]))
+            failed.append(f"{', '.join(place)}: {escape(point['error'])}")
             continue
         table.add_row(
             *place, _ms(point["seconds"]), f"{point['images_per_second']:.4g}",
             f"{point['schedule_seconds'] / 60:.1f} min", _bytes(point["peak_memory_bytes"]),
         )  # fmt: skip
-    return table
+    yield table
+    yield from failed
 
 
 def _bytes(count: int | None) -> str:

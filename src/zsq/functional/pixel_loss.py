@@ -92,9 +92,11 @@ def image_statistics_distance(
         groups: batches side by side.
     """
     zero = torch.zeros(images.shape[1], device=images.device)
-    total = _spread_distance(_centered(images, zero), zero + 1.0 - VARIANCE_EPS)
+    total = torch.zeros(len(images), device=images.device)
     of_batches = torch.zeros(groups, device=images.device)
-    for x, mean, variance in zip(inputs, means, variances, strict=True):
+    for x, mean, variance in zip(
+        (images, *inputs), (zero, *means), (zero + 1.0 - VARIANCE_EPS, *variances), strict=True
+    ):
         values = _centered(x, mean)
         if values.shape[2] == 1:
             batches = values.reshape(groups, -1, len(mean)).transpose(1, 2)

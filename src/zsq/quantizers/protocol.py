@@ -272,12 +272,17 @@ def _some(activations: dict[Node, int]) -> str:
 def check_overrides(
     network: GraphModule, placement: Placement, overrides: Iterable[Override]
 ) -> None:
-    """Refuse an override of activations that are not quantized: what it asks for would not be done.
+    """Refuse an override that asks for nothing, or for what would not be done: bits of activations in float.
 
     Raises:
-        UsageError: none of the layers that it matches reads a quantized tensor.
+        UsageError: no bits are given, or none of the layers that it matches reads a quantized tensor.
     """
     for override in overrides:
+        if override.weights is None and override.activations is None:
+            raise UsageError(
+                f"the override for {override.match or override.edge!r} gives no bits; add weights, activations, or "
+                "both."
+            )
         if override.match is None:
             continue  # `place` has found its tensors
         matched = _matched(layer_nodes(network), override.match)

@@ -146,7 +146,7 @@ def check_destination(path: Path, endings: tuple[str, ...] = ()) -> None:
     """
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder; give the name of a file.")
-    if endings and path.suffix not in endings:
+    if endings and path.suffix.lower() not in endings:
         raise UsageError(
             f"cannot write {path}: give the file a name that ends in {' or '.join(endings)}."
         )

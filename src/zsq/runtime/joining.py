@@ -18,9 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from zsq.errors import RunError, ToldError, UsageError, ZsqError
 from zsq.runtime.group import Group
+from zsq.runtime.machine import is_one_of_several
 
-#: What ``torchrun`` tells every process that it starts.
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: The longest that one process waits for another, which may be busy with images, an export or a
 #: report. A death is noticed at once, by ``torchrun``; this is for what nobody notices.
 TIMEOUT = timedelta(hours=12)
@@ -46,7 +45,7 @@ def joined(device: str, tell: Callable[[ZsqError], None]) -> Iterator[Group]:
         ToldError: in place of an error that was shown.
         UsageError: a certain GPU was asked for, for several processes.
     """
-    if not all(name in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+    if not is_one_of_several():
         yield Group(device=device)
         return
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))

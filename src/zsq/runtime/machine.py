@@ -13,6 +13,13 @@ from pathlib import Path
 #: Name of the environment variable with the number of the process that another shall not outlive.
 ENDS_WITH_PARENT = "ZSQ_ENDS_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
+#: What ``torchrun`` tells every process that it starts.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_one_of_several() -> bool:
+    """Return whether ``torchrun`` started this process beside others."""
+    return all(name in os.environ for name in _TORCHRUN) and os.environ["WORLD_SIZE"] != "1"
 
 
 def usable_cores() -> int:

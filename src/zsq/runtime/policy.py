@@ -56,8 +56,13 @@ class Policy:
         return Compiled(function, enabled=enabled, note=note, dynamic=dynamic, graphs=graphs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which convolutions and products run in `dtype`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Return a context in which convolutions and products run in `dtype`.
+
+        It keeps no copies of weights: PyTorch would until the outermost such context ends, which may be the
+        caller's, and weights move meanwhile.
+        """
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
 
     def place(self, module: _Module) -> _Module:
         """Move a module to the device, channels last."""

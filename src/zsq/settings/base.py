@@ -80,8 +80,6 @@ class Override(Part):
             raise ValueError("an override needs either match, for layers, or edge, for tensors")
         if self.edge is not None and self.weights is not None:
             raise ValueError("a tensor has no weights; give them with match, the layer's path")
-        if self.weights is None and self.activations is None:
-            raise ValueError("an override says bits of weights, of activations, or both")
         return self
 
 

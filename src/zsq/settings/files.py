@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -54,7 +55,7 @@ def _find_beside(data: dict[str, Any], folder: Path) -> None:
         beside = (
             folder / name if isinstance(name, str) and name.endswith((".yaml", ".yml")) else None
         )
-        return str(beside) if beside is not None and beside.is_file() else name
+        return os.path.normpath(beside) if beside is not None and beside.is_file() else name
 
     if "extends" in data:
         data["extends"] = found(data["extends"])

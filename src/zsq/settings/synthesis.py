@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -131,15 +131,6 @@ class PixelSynthesis(Part):
                 "a band is a smallest and a largest cosine distance, 0 to 2, in this order"
             )
         return band
-
-    @model_validator(mode="after")
-    def _has_an_aim(self) -> Self:
-        if not any(self.losses.model_dump().values()):
-            raise ValueError(
-                f"no term of losses has a weight; choose among {', '.join(PixelLosses.model_fields)}, e.g. "
-                "synthesis.losses.batch_statistics=1"
-            )
-        return self
 
 
 OneSynthesis = Annotated[

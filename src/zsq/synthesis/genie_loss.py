@@ -17,6 +17,7 @@ from zsq.functional.statistics import (
     image_loss,
 )
 from zsq.runtime.context import Context
+from zsq.runtime.seeds import seeded
 from zsq.runtime.shelf import room_for_work
 from zsq.synthesis.generator import Generator
 from zsq.synthesis.slicing import AT_WORK, kept_per_image, slice_size, sliced_loss
@@ -87,8 +88,12 @@ def make_objective(
     policy = context.policy
     tapped, targets = tap_batch_norms(teacher.network, swing=swing)
     shape = teacher.info.input_shape
+    with seeded(
+        context.seed, "generators"
+    ):  # each batch draws weights of its own; the caller's chance stays
+        generators = [policy.place(Generator(latent, shape)) for _ in range(parallel)]
     return Objective(
-        [policy.place(Generator(latent, shape)) for _ in range(parallel)],
+        generators,
         policy.place(tapped),
         [target.mean.to(policy.device) for target in targets],
         [target.std.to(policy.device) for target in targets],

@@ -161,9 +161,14 @@ def image_set(images: ImageSet | Tensor, teacher: Teacher, context: Context) -> 
     """
     shape = teacher.info.input_shape
     if isinstance(images, ImageSet):
-        return images.check(shape)
+        kept = images.check(shape)
+        return replace(kept, images=kept.images.detach().float(), labels=kept.labels.long())
+    if not isinstance(images, Tensor):
+        raise UsageError(
+            f"images are an ImageSet or a normalised tensor (N, C, H, W), not a {type(images).__name__}."
+        )
     given = ImageSet(images, torch.zeros(len(images), dtype=torch.long), {"method": "given"})
-    pixels = given.check(shape).images.float()
+    pixels = given.check(shape).images.detach().float()
     return replace(given, images=pixels, labels=predict(teacher, pixels, context))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from zsq.config import PixelSynthesis
+from zsq.errors import UsageError
 from zsq.functional.crop import crop, random_windows
 from zsq.functional.noise import start_noise
 from zsq.functional.pixel_loss import (
@@ -121,11 +122,25 @@ TERMS: dict[str, Callable[[View], Tensor]] = {
 LABEL_TERMS = ("cross_entropy", "soft_target", "class_band")
 
 
+def check_losses(settings: PixelSynthesis) -> None:
+    """Refuse settings that give pixels nothing to be optimised for.
+
+    Raises:
+        UsageError: no term has a weight.
+    """
+    if not any(settings.losses.model_dump().values()):
+        raise UsageError(
+            f"synthesis.losses has no term with a weight; choose among {', '.join(TERMS)}, e.g. --set "
+            "synthesis.losses.batch_statistics=1."
+        )
+
+
 class _Objective:
     """The loss of batches of pixels, as one function of tensors that a compiler can take whole."""
 
     def __init__(self, teacher: Teacher, settings: PixelSynthesis, context: Context) -> None:
         policy = context.policy
+        check_losses(settings)
         self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
         self.with_features = "class_band" in self.weights
         tapped, targets = tap_batch_norms(
@@ -172,7 +187,7 @@ def synthesize_pixels(teacher: Teacher, settings: PixelSynthesis, context: Conte
         else the teacher's predictions.
 
     Raises:
-        UsageError: no batch norm has running statistics, or a term needs
+        UsageError: no batch norm has running statistics, no term has weight, or a term needs
             pooled features that the network does not have.
         RunError: the loss became NaN.
     """

@@ -83,8 +83,10 @@ def kept_bytes(function: Callable[[], object]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is used twice
-        return tensor
+        alive.append(storage)  # so that no address is used twice
+        return (
+            tensor.detach()
+        )  # a tensor of the graph would hold the graph, which holds it: for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()

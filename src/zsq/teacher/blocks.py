@@ -95,7 +95,7 @@ def _computed(network: GraphModule, node: Node, depths: dict[Node, int]) -> Node
     while not isinstance(module_of(network, node), (Layer, BatchNorm)):
         operands = tensor_inputs(node)
         inside = [n for n in operands if n in depths]
-        added = operator_name(node.target) == "aten.add.Tensor"
+        added = operator_name(node.target) in {"aten.add.Tensor", "aten.sub.Tensor"}
         if not inside or (len(operands) > 1 and not added):  # as where a gate scales a map
             break
         deepest = max(inside, key=depths.__getitem__)

@@ -24,6 +24,8 @@ _VIEWS = {
 #: Operators, and the number that they change nothing with.
 _NEUTRAL = {"aten.mul.Tensor": 1, "aten.div.Tensor": 1, "aten.add.Tensor": 0, "aten.sub.Tensor": 0}
 
+_CLAMPS = frozenset({"aten.clamp.default", "aten.clip.default", "aten.clamp_min.default"})
+
 
 def changes_nothing(node: Node, name: str) -> bool:
     """Whether a node multiplies or divides by 1, or adds or subtracts 0, as configurable blocks do.
@@ -54,7 +56,7 @@ def respelled(node: Node, name: str, arguments: tuple[Any, ...]) -> tuple[str, t
     if not floating or node.kwargs:
         return _VIEWS.get(name, name), arguments
     x, *bounds = arguments
-    if name in {"aten.clamp.default", "aten.clamp_min.default"} and _is_zero(*bounds[:1]):
+    if name in _CLAMPS and _is_zero(*bounds[:1]):
         high = bounds[1] if len(bounds) > 1 else None
         if high is None:
             return "aten.relu.default", (x,)

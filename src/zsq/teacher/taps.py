@@ -100,7 +100,7 @@ def classifier_node(network: GraphModule) -> Node:
                 f"the network's logits come from {node.name!r}, which has {len(operands)} operands "
                 "where a single classifier layer was expected. Do without its rows (Qimera: --set "
                 "synthesis.embedding=random --set synthesis.latent=64) or its features (IntraQ: --set "
-                "synthesis.losses.class_band=0)."
+                "synthesis.losses.class_band=0), or without the part of mixed images that reads them."
             )
         node = operands[0]
     return node

@@ -96,6 +96,11 @@ def _info(
     source: Source, input_shape: tuple[int, ...] | None, mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None, resize: int | None,
 ) -> ModelInfo:  # fmt: skip
+    if input_shape is not None:
+        input_shape = tuple(int(side) for side in input_shape)
+    mean, std = (
+        None if values is None else tuple(float(v) for v in values) for values in (mean, std)
+    )
     shape = tuple(input_shape or source.input_shape or ())
     if not shape:
         shape = _placeholder_shape(source.module)

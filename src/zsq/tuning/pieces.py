@@ -179,10 +179,13 @@ def check_single_layers(network: GraphModule, setting: str = "tuning.unit") -> N
     Raises:
         UsageError: a layer reads or puts out a tensor whose first axis does not count images.
     """
-    for layer in layer_nodes(network):
+    first = {
+        str(layer.target): layer for layer in reversed(layer_nodes(network))
+    }  # of a shared one
+    for path, layer in first.items():
         if not all(map(is_batch_first, (*tensor_inputs(layer), layer))):
             raise UsageError(
-                f"the layer {str(layer.target)!r} reads tensors whose first axis does not count images (sequences "
+                f"the layer {path!r} reads or puts out tensors whose first axis does not count images (sequences "
                 "first, as inside of nn.MultiheadAttention), so layers of this network cannot be tuned one by one "
                 f"in batches; add --set {setting}=block."
             )
