@@ -118,7 +118,7 @@ def test_quantize_resizes_as_it_is_told_and_its_run_is_judged_so(
     ]
     code, _, err = zsq(monkeypatch, capsys, *command, "--resize", "7")
     assert (code, run.exists()) == (2, False)
-    assert "--resize 7 is smaller than the crop of 8x8: give at least 8" in err
+    assert "--resize 7 is smaller than the network's images of 8 x 8; give at least 8" in err
     zsq_json(monkeypatch, capsys, *command, "--resize", "10")
     chosen = ImageSet.load(run / "images.safetensors")
     wanted = read(folder, resize=10)

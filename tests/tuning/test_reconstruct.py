@@ -9,6 +9,7 @@ from helpers.students import SHAPE, image_set, recipe, same_weights, teacher_of,
 
 from zsq.errors import RunError, UsageError
 from zsq.functional.affine import search_weight_grid
+from zsq.runtime.amounts import size
 from zsq.runtime.checkpoints import Checkpoints, load_tensors, save_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
@@ -275,3 +276,14 @@ def test_weights_do_not_depend_on_where_block_inputs_lie(tmp_path):
     assert "all in memory" in notes[0]
     assert "lie in files" in notes[1]
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".cache"]
+
+
+def test_what_single_layers_take_is_said_before(teacher):
+    """Two inputs and the target of the largest: the stem, 3 channels to 4."""
+    notes = []
+    reporter = QuietReporter()
+    reporter.note = notes.append
+    student = attach(teacher, recipe("tuning.unit=layer", "tuning.steps=1"))
+    pictures = ImageSet(torch.randn(16, *SHAPE), torch.zeros(16, dtype=torch.long))
+    reconstruct(teacher, student, pictures, Context(reporter=reporter))
+    assert f"take up to {size(16 * 4 * (2 * 3 + 4) * 64)} " in notes[0]

@@ -169,7 +169,9 @@ def _layers_one_by_one(
     network: GraphModule, student: Student, images: Tensor, sweep: _Pass, tools: _Tools
 ) -> None:
     pieces = layer_pieces(network, student.network)
-    tools.context.reporter.note(describe(tools.shelf, [], _most_at_once(network, pieces, images)))
+    image = images[:1].to(tools.context.policy.device)
+    most = _most_at_once(network, pieces, image, len(images))
+    tools.context.reporter.note(describe(tools.shelf, [], most))
     networks = (network, student.network)
     _one_by_one(pieces, networks, (images, images), 0, len(pieces), sweep, tools)
 
@@ -220,20 +222,24 @@ def _boundaries(
     with torch.no_grad():
         for piece in pieces:
             if piece.parts:
-                all_images = value.expand(len(images), *value.shape[1:])
-                most = max(
-                    most,
-                    2 * all_images.nbytes + _most_at_once(piece.teacher, piece.parts, all_images),
-                )
+                inside = _most_at_once(piece.teacher, piece.parts, value, len(images))
+                most = max(most, 2 * len(images) * value.nbytes + inside)
             value = piece.teacher(value)
             shapes.append((len(images), *value.shape[1:]))
     return shapes, most
 
 
-def _most_at_once(network: GraphModule, pieces: Sequence[Piece], images: Tensor) -> int:
-    """Return the bytes of two inputs and the target of the largest of some pieces, for all images."""
-    shapes = Shapes.of(network, images[:1])
-    sizes = {name: 4 * len(images) * shape.numel() for name, shape in shapes.items()}
+def _most_at_once(network: GraphModule, pieces: Sequence[Piece], image: Tensor, count: int) -> int:
+    """Return the bytes of two inputs and the target of the largest of some pieces, for so many images.
+
+    Args:
+        network: that the pieces were cut out of.
+        pieces: of which one at a time is tuned.
+        image: what the network reads of one image, (1, ...), where it is computed.
+        count: of all images.
+    """
+    shapes = Shapes.of(network, image)
+    sizes = {name: 4 * count * shape.numel() for name, shape in shapes.items()}
     return max(2 * sizes[piece.source] + sizes[piece.output] for piece in pieces)
 
 
