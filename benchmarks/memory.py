@@ -21,9 +21,9 @@ from pytorchcv.model_provider import get_model
 
 import zsq
 from zsq.config import load_recipe
+from zsq.runtime.amounts import parse_memory
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
-from zsq.runtime.amounts import parse_memory
 from zsq.stages import synthesize
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.teacher import load_teacher
