@@ -155,11 +155,11 @@ def bits(
     from zsq.runtime.policy import make_policy
     from zsq.teacher.teacher import load_teacher
 
-    if out is not None and (Path(out) / "run.json").exists():  # its own bits.yaml may be in there
-        raise UsageError(
-            f"{out} holds a run, whose bits are settled; choose another folder with -o."
-        )
     if out is not None:
+        if (Path(out) / "run.json").exists():  # its own bits.yaml may be in there
+            raise UsageError(
+                f"{out} holds a run, whose bits are settled; choose another folder with -o."
+            )
         make_folder(Path(out))
     teacher = load_teacher(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),

@@ -35,7 +35,7 @@ from zsq.settings import (
     Tuning,
     to_bits,
 )
-from zsq.settings.files import mapping_at, read_recipe, recipe_names
+from zsq.settings.files import SCHEDULES, mapping_at, read_recipe, recipe_names
 
 __all__ = [
     "LARGE_SIDE", "Bits", "Finetuning", "GeneratorSynthesis", "GenieSynthesis", "Inundation", "Losses",
@@ -94,10 +94,6 @@ def _without_methods(place: tuple[str, ...]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-#: Groups of settings that a schedule, or the size of images, puts in the place of others.
-_SCHEDULES = ("large", "quick", "large_quick")
-
-
 def load_recipe(
     source: str | Path | Recipe,
     *,
@@ -136,7 +132,7 @@ def load_recipe(
         data = read_recipe(source)
         _check_schedules(data)
     quick = schedule == "quick"
-    for group, wanted in (("large", large), ("quick", quick), ("large_quick", large and quick)):
+    for group, wanted in zip(SCHEDULES, (large, quick, large and quick), strict=True):
         if wanted:
             _put_in_place(data, group)
     for key, value in changes.items():
@@ -154,7 +150,7 @@ def _apply_all(data: dict[str, Any], settings: Iterable[str], changes: dict[str,
     """Carry out every ``--set``, none of which may be of what is given otherwise or is settled."""
     for setting in settings:
         field = setting.partition("=")[0].partition(".")[0].strip()
-        if field in _SCHEDULES:
+        if field in SCHEDULES:
             raise UsageError(
                 f"--set {setting!r} changes what a schedule would set, which is done already; set its fields "
                 "themselves, as in --set tuning.steps=500."
@@ -174,7 +170,7 @@ def _put_in_place(data: dict[str, Any], group: str) -> None:
 
 def _check_schedules(data: dict[str, Any]) -> None:
     """Name a setting that does not exist in a schedule that is not asked for: its author may never ask for it."""
-    for groups in (("large",), ("quick",), _SCHEDULES):
+    for groups in (("large",), ("quick",), SCHEDULES):
         tried = copy.deepcopy(data)
         try:
             for group in groups:

@@ -26,7 +26,7 @@ from zsq.synthesis.centers import pooled_width
 from zsq.synthesis.generators import reads_classifier
 from zsq.synthesis.images import Images, ImageSet
 from zsq.synthesis.objective import count_classes
-from zsq.synthesis.pixels import check_losses
+from zsq.synthesis.pixels import loss_weights
 from zsq.synthesis.qimera import classifier_rows
 from zsq.teacher.inspect import floating_layers
 from zsq.teacher.taps import tap_batch_norms
@@ -99,10 +99,8 @@ def _check_features(teacher: Teacher, recipe: Recipe) -> None:
     """Refuse syntheses that ask for a classifier's rows or pooled features where there are none."""
     synthesis = recipe.synthesis
     for part in synthesis.parts if isinstance(synthesis, MixedSynthesis) else (synthesis,):
-        if isinstance(part, PixelSynthesis):
-            check_losses(part)
-            if part.losses.class_band:
-                pooled_width(teacher)
+        if isinstance(part, PixelSynthesis) and "class_band" in loss_weights(part):
+            pooled_width(teacher)
         if isinstance(part, GeneratorSynthesis) and reads_classifier(part):
             classifier_rows(teacher.network)
 
@@ -118,15 +116,14 @@ def _check_folders(opened: ImageFolder, classes: int) -> None:
 
 def warn_of_floating(teacher: Teacher, recipe: Recipe, reporter: Reporter) -> None:
     """Say before a long run what will stay float that one would not expect to."""
-    placed = place(
-        prepared_network(teacher, recipe), recipe.protocol, recipe.bits, recipe.overrides
-    )
-    if recipe.protocol == "all-low-bit" and not placed.activations:
-        reporter.note(
-            f"protocol {recipe.protocol} quantizes no activation of this network: it looks behind ReLU, ReLU6 and "
-            "hardtanh, and there are none. They stay float while the student is tuned, and have 8 bits in its ONNX "
-            "file; --protocol edges-8bit quantizes what layers read"
-        )
+    if recipe.protocol == "all-low-bit":
+        network = prepared_network(teacher, recipe)
+        if not place(network, recipe.protocol, recipe.bits, recipe.overrides).activations:
+            reporter.note(
+                f"protocol {recipe.protocol} quantizes no activation of this network: it looks behind ReLU, ReLU6 and "
+                "hardtanh, and there are none. They stay float while the student is tuned, and have 8 bits in its "
+                "ONNX file; --protocol edges-8bit quantizes what layers read"
+            )
     found = floating_layers(teacher.network)
     if found:
         reporter.note(

@@ -123,9 +123,8 @@ def make_student(
             _save_images(folder, chosen)
             _save_student(folder, student)
         elif equalization_steps(recipe):
-            quiet = replace(context, metrics=None)
             _learn_again(
-                folder, teacher, recipe, lambda: first_images(teacher, recipe, quiet), quiet
+                folder, teacher, recipe, context, lambda quiet: first_images(teacher, recipe, quiet)
             )
     else:
         if not have_images:
@@ -139,24 +138,22 @@ def make_student(
             _save_student(folder, student)
         elif equalization_steps(recipe):
             _learn_again(
-                folder, teacher, recipe,
-                lambda: ImageSet.shared(group, lambda: ImageSet.load(pictures)), replace(context, metrics=None),
+                folder, teacher, recipe, context,
+                lambda quiet: ImageSet.shared(group, lambda: ImageSet.load(pictures)),
             )  # fmt: skip
     return load_shared_student(result, group)
 
 
 def _learn_again(
-    folder: RunFolder | None,
-    teacher: Teacher,
-    recipe: Recipe,
-    images: Callable[[], ImageSet],
-    context: Context,
-) -> None:
+    folder: RunFolder | None, teacher: Teacher, recipe: Recipe, context: Context,
+    images: Callable[[Context], ImageSet],
+) -> None:  # fmt: skip
     """Make the file again that says how a finished student's channels were equalized, if it is lost."""
     group = context.group
+    quiet = replace(context, metrics=None)  # losses were recorded the first time
     kept = group.from_first(lambda: folder and folder.file("equalization.safetensors").exists())
     if not kept:
-        prepared(teacher, recipe, images(), context)
+        prepared(teacher, recipe, images(quiet), quiet)
         if folder is not None:
             _keep_for_analysis(folder)
 

@@ -111,6 +111,21 @@ def tune(
     return student
 
 
+def _learning_together(recipe: Recipe) -> tuple[GeneratorSynthesis, Finetuning]:
+    """Return how a generator learns, and how the student that learns with it.
+
+    Raises:
+        UsageError: the recipe has no such generator.
+    """
+    settings, tuning = recipe.synthesis, recipe.tuning
+    if not isinstance(settings, GeneratorSynthesis) or not isinstance(tuning, Finetuning):
+        raise UsageError(
+            f"recipe {recipe.name!r} has no generator that learns with its student; use `tune` with the images of "
+            "`synthesize`."
+        )
+    return settings, tuning
+
+
 def _check_unfinished(student: Student) -> None:
     """Refuse to tune integers.
 
@@ -167,13 +182,8 @@ def tune_with_generator(
         RunError: a loss became NaN.
     """
     context = context or Context()
-    settings, tuning = student.recipe.synthesis, student.recipe.tuning
     _check_unfinished(student)
-    if not isinstance(settings, GeneratorSynthesis) or not isinstance(tuning, Finetuning):
-        raise UsageError(
-            f"recipe {student.recipe.name!r} has no generator that learns with its student; use `tune` with the images "
-            "of `synthesize`."
-        )
+    settings, tuning = _learning_together(student.recipe)
     context.group.align(student.network)
     if tuning.start is not None:
         warmed, images = warmed_generator(original or teacher, settings, context, tuning.steps)
@@ -222,9 +232,7 @@ def _produce_together(
     Where the student begins with a reconstruction, the generator's first images are there before it, and
     say how its channels are equalized.
     """
-    settings, tuning = recipe.synthesis, recipe.tuning
-    assert isinstance(settings, GeneratorSynthesis)
-    assert isinstance(tuning, Finetuning)
+    settings, tuning = _learning_together(recipe)
     if tuning.start is None:
         ready, student = prepare(teacher, recipe, context=context)
         return tune_with_generator(ready, student, original=teacher, context=context)
@@ -246,13 +254,11 @@ def first_images(teacher: Teacher, recipe: Recipe, context: Context | None = Non
         context: seed, device, progress; defaults to seed 0 on the CPU in float32.
 
     Raises:
-        UsageError: the teacher has no batch norm with running statistics.
+        UsageError: the teacher has no batch norm with running statistics, or the recipe no such generator.
         RunError: the loss became NaN.
     """
     context = context or Context()
-    settings, tuning = recipe.synthesis, recipe.tuning
-    assert isinstance(settings, GeneratorSynthesis)
-    assert isinstance(tuning, Finetuning)
+    settings, tuning = _learning_together(recipe)
     return warmed_generator(teacher, settings, context, tuning.steps)[1]
 
 

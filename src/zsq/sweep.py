@@ -238,9 +238,8 @@ def _zsq(arguments: Sequence[str], threads: int, gpu: str | None = None) -> str:
     )  # fmt: skip
     if done.returncode == 0:
         return ""
-    lines = [
-        line for line in done.stderr.splitlines() if re.search(r"\w", line)
-    ]  # some are a box's borders
+    # some lines are the borders of a box
+    lines = [line for line in done.stderr.splitlines() if re.search(r"\w", line)]
     return lines[-1].strip(" │|") if lines else f"exit code {done.returncode}"
 
 

@@ -170,9 +170,7 @@ def diagnose_student(
     wanted = _logits(parts.float, images)
 
     def gap(candidate: Student) -> float:
-        return max(
-            float(kl_divergence(_logits(candidate, images).double(), wanted, 1.0, "sample")), 0.0
-        )
+        return max(float(kl_divergence(_logits(candidate, images), wanted, 1.0, "sample")), 0.0)
 
     seen = _Edges(parts.quantized.network)
     for part in torch.split(images, PASS):
@@ -197,7 +195,7 @@ def diagnose_student(
 
 
 def _logits(student: Student, images: Tensor) -> Tensor:
-    return torch.cat([student(part).float() for part in torch.split(images, PASS)])
+    return torch.cat([student(part).double() for part in torch.split(images, PASS)])
 
 
 def _weight_facts(parts: Dissection, path: str) -> tuple[int, float | None, float, float]:

@@ -194,7 +194,7 @@ def comparison(runs: list[RunFacts]) -> tuple[list[str], list[list[str]]]:
         scores, export = results.get("evaluation", {}), results.get("export", {})
         if run.identity["network"] not in shown:
             shown.add(run.identity["network"])
-            rows.append(_float_row(_best_known(run, runs), results.get("export", {})))
+            rows.append(_float_row(_best_known(run, runs), export))
         rows.append(_run_row(run, scores, export))
     return header, rows
 

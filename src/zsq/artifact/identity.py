@@ -27,13 +27,9 @@ def run_identity(
         "device": policy.device.type, "precision": str(policy.dtype).removeprefix("torch."),
         "compile": policy.compile, "images": name_of(images),
         "resize": None if images is None else info.resize,
-        "input_shape": list(info.input_shape), "mean": _plain(info.mean), "std": _plain(info.std),
+        "input_shape": list(info.input_shape), "mean": info.mean and list(info.mean),
+        "std": info.std and list(info.std),
     }  # fmt: skip
-
-
-def _plain(values: tuple[float, ...] | None) -> list[float] | None:
-    """Return numbers as JSON gives them back."""
-    return None if values is None else [float(value) for value in values]
 
 
 def check_agreement(identity: dict[str, object], group: Group) -> None:

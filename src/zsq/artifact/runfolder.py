@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from zsq.runtime.environment import environment
 from zsq.runtime.files import (
     atomic_write,
     is_leftover,
+    is_writable,
     lock_folder,
     make_folder,
     remove_leftovers,
@@ -37,6 +37,8 @@ from zsq.runtime.files import (
 )
 
 FORMAT = 1
+#: What runs of earlier versions did not note of themselves.
+LATER = ("input_shape", "mean", "std")
 
 
 class RunFolder:
@@ -110,7 +112,7 @@ class RunFolder:
 
     def is_writable(self) -> bool:
         """Return whether files can be added to the run; those of others, on a read-only disk, can only be read."""
-        return os.access(self.path, os.W_OK | os.X_OK)
+        return is_writable(self.path)
 
     def release(self) -> None:
         """Let other processes work on the run."""
@@ -147,7 +149,8 @@ class RunFolder:
         before = dict(self.record.get("identity") or {})
         if "network" in before:  # which says more than how someone spelled where it is from
             before["model"] = identity.get("model")
-        different = differences(before, identity)
+        noted = {key: now for key, now in identity.items() if key in before or key not in LATER}
+        different = differences(before, noted)
         if different:
             raise UsageError(
                 f"{self.path} holds another run: {'; '.join(different[:3])}. Choose another folder with -o, "
@@ -224,8 +227,6 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
-        if key not in before and key in ("input_shape", "mean", "std"):
-            continue  # a run of a version that did not note them
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:

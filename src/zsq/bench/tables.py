@@ -76,15 +76,8 @@ def _blocks(row: dict[str, Any]) -> RenderableType:
 
 def _growth(along: str, points: list[dict[str, Any]]) -> Iterable[RenderableType]:
     table = new_table(
-        f"growth along {along}",
-        "loop",
-        along,
-        "ms a step",
-        "images/s",
-        "schedule",
-        "memory",
-        texts=2,
-    )
+        f"growth along {along}", "loop", along, "ms a step", "images/s", "schedule", "memory", texts=2
+    )  # fmt: skip
     failed = []
     for point in points:
         place = [point["loop"], escape(point["size"])]

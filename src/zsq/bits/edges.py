@@ -28,7 +28,7 @@ def count_values(
     network: GraphModule, edges: Iterable[str], input_shape: tuple[int, ...]
 ) -> dict[str, int]:
     """Return how many values of one image each tensor has."""
-    shapes = node_shapes(network, input_shape)
+    shapes = node_shapes(network, torch.zeros(1, *input_shape))
     return {name: shapes[name].numel() for name in edges}
 
 

@@ -38,10 +38,9 @@ def gradient_cosines(
     }
     found = {}
     for first, second in combinations(losses, 2):
-        pairs = list(zip(gradients[first], gradients[second], strict=True))
-        pairs = [
-            (a.double(), b.double()) for a, b in pairs
-        ]  # products of small numbers are none in float32
+        both = zip(gradients[first], gradients[second], strict=True)
+        # products of small numbers are 0 in float32
+        pairs = [(a.double(), b.double()) for a, b in both]
         dots = torch.stack([(a * b).sum() for a, b in pairs])
         squares = torch.stack([torch.stack([a.square().sum(), b.square().sum()]) for a, b in pairs])
         dots = torch.cat([dots.sum()[None], dots])

@@ -115,6 +115,11 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be made in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those around it, where there is none.
 
@@ -127,7 +132,7 @@ def make_folder(path: Path) -> None:
         raise UsageError(
             f"cannot make the folder {path}: {error.strerror}; choose another with -o."
         ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not is_writable(path):
         raise UsageError(
             f"the folder {path} is not writable; make it so, or choose another with -o."
         )
@@ -154,7 +159,7 @@ def check_destination(path: Path, endings: tuple[str, ...] = ()) -> None:
         raise UsageError(
             f"cannot write {path}: there is no folder {path.parent}; create it, or choose another."
         )
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    if not is_writable(path.parent):
         raise UsageError(
             f"cannot write {path}: the folder {path.parent} is not writable; make it so, or choose another."
         )

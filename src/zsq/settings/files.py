@@ -13,6 +13,9 @@ import yaml
 
 from zsq.errors import UsageError, yaml_problem
 
+#: Groups of settings that a schedule, or the size of images, puts in the place of others, in this order.
+SCHEDULES = ("large", "quick", "large_quick")
+
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with zsq."""
@@ -70,7 +73,7 @@ def _inherited(base: dict[str, Any], heir: dict[str, Any]) -> dict[str, Any]:
         old, new = (mapping_at(recipe, part).get("method") for recipe in (base, heir))
         if new is not None and new != (old or default):
             base = {name: value for name, value in base.items() if name != part}
-            for group in ("quick", "large", "large_quick"):
+            for group in SCHEDULES:
                 changes = mapping_at(base, group).items()
                 base[group] = {k: v for k, v in changes if not str(k).startswith(f"{part}.")}
     return _merged(base, heir)

@@ -88,9 +88,8 @@ def make_objective(
     policy = context.policy
     tapped, targets = tap_batch_norms(teacher.network, swing=swing)
     shape = teacher.info.input_shape
-    with seeded(
-        context.seed, "generators"
-    ):  # each batch draws weights of its own; the caller's chance stays
+    # every batch draws weights of its own for them; these are not to come from the caller's chance
+    with seeded(context.seed, "generators"):
         generators = [policy.place(Generator(latent, shape)) for _ in range(parallel)]
     return Objective(
         generators,

@@ -122,17 +122,19 @@ TERMS: dict[str, Callable[[View], Tensor]] = {
 LABEL_TERMS = ("cross_entropy", "soft_target", "class_band")
 
 
-def check_losses(settings: PixelSynthesis) -> None:
-    """Refuse settings that give pixels nothing to be optimised for.
+def loss_weights(settings: PixelSynthesis) -> dict[str, float]:
+    """Return the weights of the terms that pixels are optimised for.
 
     Raises:
         UsageError: no term has a weight.
     """
-    if not any(settings.losses.model_dump().values()):
+    weights = {name: weight for name, weight in settings.losses.model_dump().items() if weight}
+    if not weights:
         raise UsageError(
             f"synthesis.losses has no term with a weight; choose among {', '.join(TERMS)}, e.g. --set "
             "synthesis.losses.batch_statistics=1."
         )
+    return weights
 
 
 class _Objective:
@@ -140,8 +142,7 @@ class _Objective:
 
     def __init__(self, teacher: Teacher, settings: PixelSynthesis, context: Context) -> None:
         policy = context.policy
-        check_losses(settings)
-        self.weights = {name: w for name, w in settings.losses.model_dump().items() if w}
+        self.weights = loss_weights(settings)
         self.with_features = "class_band" in self.weights
         tapped, targets = tap_batch_norms(
             teacher.network, logits=True, features=self.with_features

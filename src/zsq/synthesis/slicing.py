@@ -84,9 +84,8 @@ def kept_bytes(function: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         alive.append(storage)  # so that no address is used twice
-        return (
-            tensor.detach()
-        )  # a tensor of the graph would hold the graph, which holds it: for good
+        # a tensor of the graph would hold the graph, which holds it: for good
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()

@@ -65,7 +65,7 @@ class Inspection:
         return asdict(self)
 
 
-class Shapes(Interpreter):
+class _Shapes(Interpreter):
     """Notes the shapes of all tensors that a network computes."""
 
     def __init__(self, network: GraphModule) -> None:
@@ -73,29 +73,23 @@ class Shapes(Interpreter):
         self.found: dict[str, torch.Size] = {}
 
     def run_node(self, n: Node) -> Any:
-        """Run a node and note what it gives."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.found[n.name] = result.shape
         return result
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, network: GraphModule, image: Tensor) -> dict[str, torch.Size]:
-        """Return the shapes of the tensors that an image, (1, ...), becomes, by the node that computes them."""
-        shapes = cls(network)
-        shapes.run(image)
-        return shapes.found
 
-
-def node_shapes(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Return the shapes of the tensors that one image becomes, by the node that computes them."""
-    return Shapes.of(network, torch.zeros(1, *input_shape))
+@torch.no_grad()
+def node_shapes(network: GraphModule, image: Tensor) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors that an image, (1, ...), becomes, by the node that computes them."""
+    shapes = _Shapes(network)
+    shapes.run(image)
+    return shapes.found
 
 
 def count_macs(network: GraphModule, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Return the multiply-accumulates of one image per layer path."""
-    return _macs(network, node_shapes(network, input_shape))
+    return _macs(network, node_shapes(network, torch.zeros(1, *input_shape)))
 
 
 def _macs(network: GraphModule, shapes: dict[str, torch.Size]) -> dict[str, int]:
@@ -150,7 +144,7 @@ def inspect_teacher(
     bits = bits or Bits()
     folded = fold_batch_norms(teacher.network)
     placements = {name: place(folded, name, bits, tuple(overrides)) for name in PROTOCOLS}
-    shapes = node_shapes(folded, teacher.info.input_shape)
+    shapes = node_shapes(folded, torch.zeros(1, *teacher.info.input_shape))
     macs = _macs(folded, shapes)
     network = teacher.network
     parameters = sum(p.numel() for p in network.parameters()) + count_constants(network)
@@ -168,10 +162,9 @@ def inspect_teacher(
             for u in find_units(folded)
         ),
         protocols={
-            name: _summary(
-                network if name == "all-low-bit" else folded, p
-            )  # which keeps its batch norms
-            for name, p in placements.items()
+            # all-low-bit keeps its batch norms
+            name: _summary(network if name == "all-low-bit" else folded, placement)
+            for name, placement in placements.items()
         },
         layers=tuple(
             _layer(folded, path, macs, placements) for path in placements["integer"].weights

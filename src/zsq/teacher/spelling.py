@@ -49,12 +49,12 @@ def respelled(node: Node, name: str, arguments: tuple[Any, ...]) -> tuple[str, t
     Args:
         node: of the exported graph.
         name: of its operator, or of that which does the same without writing into its operand.
-        arguments: of the new call; keywords only where there are none of these.
+        arguments: of the new call.
     """
-    value = node.meta.get("val")
+    value, name = node.meta.get("val"), _VIEWS.get(name, name)
     floating = isinstance(value, Tensor) and value.dtype == torch.float32
     if not floating or node.kwargs:
-        return _VIEWS.get(name, name), arguments
+        return name, arguments
     x, *bounds = arguments
     if name in _CLAMPS and _is_zero(*bounds[:1]):
         high = bounds[1] if len(bounds) > 1 else None
@@ -64,7 +64,7 @@ def respelled(node: Node, name: str, arguments: tuple[Any, ...]) -> tuple[str, t
             return "aten.hardtanh.default", (x, 0.0, float(high))
     if name == "aten.threshold.default" and len(bounds) == 2 and all(map(_is_zero, bounds)):
         return "aten.relu.default", (x,)
-    return _VIEWS.get(name, name), arguments
+    return name, arguments
 
 
 def _is_zero(bound: object = None) -> bool:

@@ -179,9 +179,8 @@ def check_single_layers(network: GraphModule, setting: str = "tuning.unit") -> N
     Raises:
         UsageError: a layer reads or puts out a tensor whose first axis does not count images.
     """
-    first = {
-        str(layer.target): layer for layer in reversed(layer_nodes(network))
-    }  # of a shared one
+    # a shared layer is tuned where it is called first
+    first = {str(layer.target): layer for layer in reversed(layer_nodes(network))}
     for path, layer in first.items():
         if not all(map(is_batch_first, (*tensor_inputs(layer), layer))):
             raise UsageError(

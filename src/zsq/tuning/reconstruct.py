@@ -26,7 +26,7 @@ from zsq.runtime.seeds import seeded
 from zsq.runtime.shelf import Shelf, describe, host_budget
 from zsq.student import Student, calibrate_student, prepared_network
 from zsq.synthesis.images import ImageSet
-from zsq.teacher.inspect import Shapes
+from zsq.teacher.inspect import node_shapes
 from zsq.teacher.pieces import cut_piece, nodes_up_to
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.compiling import PieceCompiler
@@ -75,16 +75,12 @@ def reconstruct(teacher: Teacher, student: Student, images: ImageSet, context: C
 
 @dataclass(frozen=True)
 class _Pass:
-    """One sweep over the network: its settings, and whether activations are quantized in it."""
+    """One sweep over the network: what its records are of, its settings, whether activations are quantized in it."""
 
     name: str
+    stage: str
     settings: Reconstruction
     activations: bool
-
-    @property
-    def stage(self) -> str:
-        """What its records are of."""
-        return "tuning" if self.name == "piece" else f"tuning of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,14 @@ def _importance(
 def _passes(settings: Reconstruction) -> list[_Pass]:
     """Return the sweeps of a method: one for weights and activations together, or one for each."""
     if settings.quantize_activations == "together":
-        return [_Pass("piece", settings, True)] if settings.steps else []
-    passes = [_Pass("piece", settings, False)] if settings.steps else []
+        return [_Pass("piece", "tuning", settings, True)] if settings.steps else []
+    passes = [_Pass("piece", "tuning", settings, False)] if settings.steps else []
     if settings.activation_steps:
         # as published: the float network's inputs, and a power that large errors weigh more in
         second = {"steps": settings.activation_steps, "mix": 0.0, "drop": 0.0, "loss_power": 2.4}
-        passes.append(_Pass("activations", settings.model_copy(update=second), True))
+        passes.append(
+            _Pass("activations", "tuning of activations", settings.model_copy(update=second), True)
+        )
     return passes
 
 
@@ -238,7 +236,7 @@ def _most_at_once(network: GraphModule, pieces: Sequence[Piece], image: Tensor, 
         image: what the network reads of one image, (1, ...), where it is computed.
         count: of all images.
     """
-    shapes = Shapes.of(network, image)
+    shapes = node_shapes(network, image)
     sizes = {name: 4 * count * shape.numel() for name, shape in shapes.items()}
     return max(2 * sizes[piece.source] + sizes[piece.output] for piece in pieces)
 
