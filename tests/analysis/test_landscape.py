@@ -10,6 +10,7 @@ import torch
 from helpers.networks import Residual, with_own_statistics
 from helpers.runs import zsq, zsq_json
 from helpers.students import labelled_images, teacher_of
+from safetensors.torch import load_file
 
 import zsq as package
 from zsq.analysis.curvature import hessian_trace
@@ -21,6 +22,7 @@ from zsq.functional.losses import kl_divergence
 from zsq.runtime.context import Context
 from zsq.stages import tune
 from zsq.student import attach
+from zsq.synthesis.images import ImageSet
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,17 @@ def images(teacher):
     return labelled_images(teacher, 16)
 
 
+def with_seeded_residual():
+    torch.manual_seed(0)
+    return with_own_statistics(Residual())
+
+
 @pytest.fixture(scope="module")
 def run(teacher, images, tmp_path_factory):
     """A fine-tuned run with snapshots of its path."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run") / "run"
     package.quantize(
-        with_own_statistics(Residual()), "intraq", bits="w4a4", input_shape=(3, 8, 8), images=images,
+        with_seeded_residual(), "intraq", bits="w4a4", input_shape=(3, 8, 8), images=images,
         settings=["tuning.steps=8", "tuning.batch=8", "tuning.range_steps=2", "tuning.snapshots=4",
                   "tuning.lr=1e-3"], out=folder, report=False,
     )  # fmt: skip
@@ -132,6 +138,37 @@ def test_a_run_is_analysed_into_its_folder(run, monkeypatch, capsys):
     assert "trace" in out
     page = (run / "report.html", zsq(monkeypatch, capsys, "report", run, "--quiet"))[0]
     assert page.read_text(encoding="utf-8").count("Landscape") >= 4
+
+
+def test_the_path_is_drawn_where_it_is_seen_from_the_student(run):
+    """Its end, of weights that are not rounded, is not the student, in the middle."""
+    found = analyse(run, images=8, points=5, probes=2)
+    student = package.load(run)
+    files = sorted((run / "path").iterdir())
+    for file, coordinates in zip(files, found.directions.coordinates, strict=True):
+        weights = load_file(file)
+        expected = [
+            sum(
+                float(((weights[path] - layer.weight().detach()) * part).sum())
+                for (path, layer), part in zip(student.layers().items(), direction, strict=True)
+            )
+            for direction in found.directions.directions
+        ]
+        assert coordinates.tolist() == pytest.approx(expected, abs=1e-5)
+    assert found.directions.coordinates[-1].abs().max() > 0
+
+
+def test_the_divergence_is_the_recipes(run, teacher, images):
+    """IntraQ's is averaged over images, not elements: five times as large with five classes."""
+    found = analyse(run, images=8, points=5, probes=2)
+    student, batch = package.load(run), ImageSet.load(run / "images.safetensors").images[:8]
+    tuning = student.recipe.tuning
+    own = package.load_teacher(with_seeded_residual(), input_shape=(3, 8, 8))
+    with torch.no_grad():
+        logits, wanted = student(batch).double(), own(batch)
+    expected = kl_divergence(logits, wanted, tuning.temperature, "sample")
+    assert tuning.kl_mean == "sample"
+    assert float(found.line.values["kl"][2]) == pytest.approx(float(expected), rel=0.02)
 
 
 def test_other_settings_or_another_student_have_other_surfaces(run, tmp_path):

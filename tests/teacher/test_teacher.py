@@ -5,8 +5,10 @@ import pytest
 import torch
 from helpers.families import randomise, read
 from helpers.networks import Residual, images
+from safetensors.torch import load_file
 from torch import nn
 
+import zsq
 from zsq.tables import inspection_tables
 from zsq.teacher.graph import export_module
 from zsq.teacher.inspect import count_macs, inspect_teacher
@@ -141,6 +143,20 @@ class Everything(nn.Module):
         own = x.mean((0, 2, 3)).reshape(4, 1, 1, 1)
         x = nn.functional.conv2d(x, own.expand(4, 1, 1, 1), groups=4)
         return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("protocol", ["all-low-bit", "integer"])
+def test_expected_bytes_are_those_of_a_students_file(tmp_path, protocol):
+    """With its batch norms, where it keeps them."""
+    teacher = load_teacher(residual(), input_shape=SHAPE)
+    recipe = zsq.load_recipe("zeroq", protocol=protocol, bits="w4a4")
+    ready, student = zsq.prepare(teacher, recipe, images(count=8))
+    zsq.save(zsq.tune(ready, student, images(count=8)), tmp_path / "student.safetensors")
+    stored = sum(t.nbytes for t in load_file(tmp_path / "student.safetensors").values())
+    found = inspect_teacher(teacher).protocols[protocol]["bytes"]
+    assert stored == found + 8 * len(
+        student.quantizers()
+    )  # of which each has a scale and a zero point
 
 
 def test_inspection_counts_what_other_operators_hold_and_names_what_stays_float(capsys):
