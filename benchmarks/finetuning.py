@@ -23,12 +23,12 @@ from zsq.config import Recipe, load_recipe
 from zsq.evaluation.folder import open_folder
 from zsq.evaluation.metrics import evaluate_networks
 from zsq.functional.schedules import milestone_factor
+from zsq.preparation import prepare
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.policy import make_policy
 from zsq.runtime.progress import make_reporter
 from zsq.runtime.seeds import seeded
-from zsq.stages import prepare
 from zsq.student import Student
 from zsq.synthesis.batches import Batch
 from zsq.synthesis.images import ImageSet

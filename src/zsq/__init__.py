@@ -17,12 +17,14 @@ from zsq.bits.choose import choose_bits
 from zsq.config import Recipe, load_recipe
 from zsq.judge import evaluate
 from zsq.pipeline import export, load, quantize, save
+from zsq.preparation import prepare
 from zsq.runtime.context import Context
-from zsq.stages import first_images, prepare, synthesize, tune, tune_with_generator
+from zsq.stages import synthesize, tune
 from zsq.student import Student, attach
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.inspect import inspect_teacher as inspect
 from zsq.teacher.teacher import Teacher, load_teacher
+from zsq.together import first_images, tune_with_generator
 
 __version__ = version("zsq")
 __all__ = [

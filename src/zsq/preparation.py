@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher as a recipe quantizes it: batch norms folded, channels equalized."""
+"""What is done before tuning: batch norms folded, channels equalized, quantizers put on."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from zsq.config import Finetuning, GeneratorSynthesis, Recipe, Reconstruction
+from zsq.config import Finetuning, GeneratorSynthesis, Recipe, Reconstruction, load_recipe
 from zsq.errors import RunError
 from zsq.functional.affine import Grid
 from zsq.quantizers.protocol import place
+from zsq.runtime.ambient import own_modes
 from zsq.runtime.context import Context
-from zsq.synthesis.images import ImageSet
+from zsq.student import Student, attach
+from zsq.synthesis.images import ImageSet, image_set
 from zsq.teacher.equalize import equalized, rescale
 from zsq.teacher.teacher import Teacher
 from zsq.tuning.equalizing import learn_equalization
@@ -19,6 +21,38 @@ from zsq.tuning.equalizing import learn_equalization
 #: Images that a prepared network is compared with its teacher on, and how far apart logits may be, relative
 #: to the largest: rounding errors of float32 are a hundred times smaller even in deep networks.
 CHECKED, TOLERANCE = 8, 1e-2
+
+
+@own_modes()
+def prepare(
+    teacher: Teacher, recipe: Recipe | str = "genie", images: ImageSet | Tensor | None = None, *,
+    context: Context | None = None,
+) -> tuple[Teacher, Student]:  # fmt: skip
+    """Do everything between images and tuning that a recipe says: fold, equalize, put quantizers on.
+
+    Args:
+        teacher: from `load_teacher`; stays as it is.
+        recipe: its protocol, bits, and how channels are equalized.
+        images: an `ImageSet`, or a normalised tensor (N, C, H, W), which say how large channels are; None
+            where a generator is still to make them; where it begins a reconstruction, those of `first_images`.
+        context: seed, device, progress; defaults to seed 0 on the CPU in float32.
+
+    Returns:
+        The teacher to tune against, which computes the same, and the student, for `tune`.
+
+    Raises:
+        UsageError: nothing to quantize, or an override that matches nothing.
+        RunError: the loss became NaN while channels' factors were learned.
+    """
+    recipe, context = load_recipe(recipe), context or Context()
+    if images is not None:
+        images = image_set(images, teacher, context)
+    ready, grids = prepared(teacher, recipe, images, context)
+    context.group.align(ready.network)
+    student = attach(ready, recipe)
+    for name, grid in grids.items():
+        student.quantizer(name).set_grid(grid)
+    return ready, student
 
 
 def prepared_teacher(

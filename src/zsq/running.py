@@ -32,10 +32,11 @@ from zsq.runtime.context import Context
 from zsq.runtime.files import atomic_write
 from zsq.runtime.metrics import MetricsLog
 from zsq.runtime.progress import Reporter
-from zsq.stages import choose_images, first_images, learns_together, produce, tuned
+from zsq.stages import choose_images, learns_together, produce, tuned
 from zsq.student import Student, prepared_network
 from zsq.synthesis.images import Images, ImageSet
 from zsq.teacher.teacher import Teacher
+from zsq.together import first_images
 
 #: Images that calibrate extra edges and judge parity at export.
 EXPORT_IMAGES = 256

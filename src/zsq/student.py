@@ -78,6 +78,17 @@ class Student(nn.Module):
         self.finished = True
         return self.requires_grad_(False).eval()
 
+    def check_unfinished(self) -> None:
+        """Refuse to tune integers.
+
+        Raises:
+            UsageError: the student was tuned before.
+        """
+        if self.finished:
+            raise UsageError(
+                "this student is finished: its weights are integers, which nothing tunes; `prepare` makes another."
+            )
+
     def copy(self) -> Student:
         """Return an independent copy."""
         copied = Student(copy.deepcopy(self.network), self.placement, self.info, self.recipe)
@@ -96,7 +107,7 @@ def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:
 def attach(teacher: Teacher, recipe: Recipe) -> Student:
     """Put a recipe's quantizers on a copy of the teacher, folded where the recipe says so.
 
-    `zsq.stages.prepare` equalizes channels before, as `zsq.quantize` does.
+    `zsq.prepare` equalizes channels before, as `zsq.quantize` does.
 
     For reconstruction weights start on their searched grid: learned rounding where there are steps,
     the nearest code where there are none. For fine-tuning they are master weights on a min-max grid

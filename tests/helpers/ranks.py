@@ -23,10 +23,11 @@ from zsq.runtime.checkpoints import SharedCheckpoints, load_tensors, save_tensor
 from zsq.runtime.context import Context
 from zsq.runtime.group import Group
 from zsq.runtime.joining import joined
-from zsq.stages import synthesize, tune, tune_with_generator
+from zsq.stages import synthesize, tune
 from zsq.student import attach
 from zsq.synthesis.labels import Labels
 from zsq.synthesis.learner import GeneratorLearner
+from zsq.together import tune_with_generator
 from zsq.tuning import finetune
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]

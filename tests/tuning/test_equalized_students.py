@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.students import labelled_images, teacher_of
 
-from zsq import stages
+from zsq import together
 from zsq.config import load_recipe
 from zsq.preparation import prepared_teacher
 from zsq.runtime.context import Context
@@ -82,11 +82,11 @@ def test_the_generator_learns_from_the_network_as_it_came(teacher, monkeypatch):
     """Qimera's embeddings start from the classifier, whose columns equalization scales."""
     given = []
 
-    class Watched(stages.GeneratorLearner):
+    class Watched(together.GeneratorLearner):
         def __init__(self, source, *args, **more):
             given.append(source)
             super().__init__(source, *args, **more)
 
-    monkeypatch.setattr(stages, "GeneratorLearner", Watched)
+    monkeypatch.setattr(together, "GeneratorLearner", Watched)
     produce(teacher, recipe("gdfq", "equalize=1"), None, Context())
     assert given == [teacher]

@@ -17,13 +17,14 @@ from zsq.quantizers.minmax import MinMaxWeight, TrackedActivation
 from zsq.runtime.checkpoints import Checkpoints
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
-from zsq.stages import tune, tune_with_generator
+from zsq.stages import tune
 from zsq.student import attach
 from zsq.synthesis.images import ImageSet
 from zsq.teacher.fold import module_of
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.layers import BatchNorm
 from zsq.teacher.teacher import ModelInfo, Teacher, load_teacher
+from zsq.together import tune_with_generator
 from zsq.tuning import finetune as module
 from zsq.tuning import ranges as searching
 

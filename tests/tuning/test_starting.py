@@ -13,13 +13,14 @@ from zsq.functional.losses import kl_divergence
 from zsq.runtime.checkpoints import Checkpoints, load_tensors
 from zsq.runtime.context import Context
 from zsq.runtime.metrics import MetricsLog, read_metrics
-from zsq.stages import produce, tune, tune_with_generator, tuned
+from zsq.stages import produce, tune, tuned
 from zsq.student import attach
 from zsq.synthesis import warming
 from zsq.synthesis.images import ImageSet
 from zsq.synthesis.learner import GeneratorLearner
 from zsq.synthesis.warming import synthesize_with_generator
 from zsq.teacher.teacher import ModelInfo, Teacher
+from zsq.together import tune_with_generator
 from zsq.tuning import finetune as finetuning
 from zsq.tuning.reconstruct import reconstruct
 
