@@ -2,6 +2,7 @@
 """Archives of torch.export, damaged and poisoned ones among them."""
 
 import contextlib
+import json
 import pickle
 import zipfile
 
@@ -116,3 +117,112 @@ def test_archives_with_code_in_them_are_refused_before_it_runs(archive, tmp_path
         with contextlib.suppress(UsageError):
             load_source(str(path), allow_pickle=True)
         assert trap.exists()  # the trap works
+
+
+def call(target, *arguments):
+    """A node that calls something on arguments, as archives spell both."""
+    inputs = [{"name": "", "arg": argument, "kind": 1} for argument in arguments]
+    outputs = [{"as_tensor": {"name": "more"}}]
+    return {
+        "target": target, "inputs": inputs, "outputs": outputs, "metadata": {}, "name": "more",
+        "is_hop_single_tensor_return": True,
+    }  # fmt: skip
+
+
+def mkdir(trap):
+    return f"__import__('os').mkdir('{trap}')"
+
+
+def call_an_object(graph, trap):
+    """`wrap` calls what it is given; PyTorch finds that by its name, and `S` evaluates texts."""
+    evaluate = {"as_operator": "torch.fx.experimental.symbolic_shapes.sympy.S"}
+    target = "torch.ops.higher_order.wrap_with_set_grad_enabled"
+    graph["graph"]["nodes"].append(call(target, evaluate, {"as_string": mkdir(trap)}))
+
+
+def call_any_function(graph, trap):
+    node = call("torch.ops.higher_order.wrap", {"as_graph": {"name": "g"}})
+    graph["graph"]["nodes"].append(node)
+
+
+def name_an_argument(graph, trap):
+    graph["graph"]["nodes"][0]["inputs"][0]["name"] = f"input={mkdir(trap)}"
+
+
+def name_an_input(graph, trap):
+    graph["graph"]["inputs"][-1]["as_tensor"]["name"] = f"x={mkdir(trap)}"
+
+
+def name_a_parameter(graph, trap):
+    spec = next(s for s in graph["signature"]["input_specs"] if "parameter" in s)
+    spec["parameter"]["parameter_name"] = f'a", {mkdir(trap)}, "'
+
+
+def name_the_signature(graph, trap):
+    graph["module_call_graph"][0]["signature"]["forward_arg_names"] = [f"x={mkdir(trap)}"]
+
+
+def nest_the_arguments(graph, trap):
+    graph["module_call_graph"][0]["signature"]["in_spec"] = f"[1, {mkdir(trap)}]"
+
+
+def nest_with_escapes(graph, trap):
+    graph["module_call_graph"][0]["signature"]["in_spec"] = '[1, "\\u0028"]'
+
+
+def evaluate_for_years(graph, trap):
+    graph["range_constraints"] = {"s0": {"expr_str": "9**9**9**9"}}
+
+
+def read_a_file(graph, trap):
+    size = {"as_int": 4}
+    graph["graph"]["nodes"].insert(
+        0, call("torch.ops.aten.from_file.default", {"as_string": str(trap)}, size)
+    )
+
+
+def write_anywhere(graph, trap):
+    graph["graph"]["nodes"].append(call("torch.ops.aten._sparse_coo_tensor_unsafe.default"))
+
+
+@pytest.mark.parametrize(
+    ("poison", "why"),
+    [
+        (call_an_object, "holds the object 'torch.fx"),
+        (call_any_function, "calls 'torch.ops.higher_order.wrap'"),
+        (name_an_argument, "holds the name .input="),
+        (name_an_input, "holds the name .x="),
+        (name_a_parameter, "holds the name .a"),
+        (name_the_signature, r"holds the name .*x="),
+        (nest_the_arguments, r"holds the name .\[1, __import__"),
+        (nest_with_escapes, "holds the name"),
+        (evaluate_for_years, "holds the expression '9"),
+        (read_a_file, "'aten.from_file.default', which is not arithmetic on tensors"),
+        (write_anywhere, "unsafe.default', which is internal to PyTorch"),
+    ],
+)
+def test_graphs_that_could_do_harm_are_refused_before_they_are_built(
+    archive, tmp_path, poison, why
+):
+    trap, path = tmp_path / "trap", tmp_path / "net.pt2"
+
+    def change(entries):
+        content = json.loads(entries["models/model.json"])
+        poison(content["graph_module"], trap)
+        entries["models/model.json"] = json.dumps(content).encode()
+
+    rewrite(archive[0], path, change)
+    with pytest.raises(UsageError, match=why):
+        load_source(str(path))
+    assert not trap.exists()
+
+
+def test_parameters_may_have_names_that_are_no_identifiers(tmp_path):
+    module = nn.Module()
+    module.add_module("conv-1 (first)", nn.Conv2d(3, 4, 3))
+    module.forward = lambda x: module._modules["conv-1 (first)"](x)
+    path = tmp_path / "net.pt2"
+    images = torch.randn(2, 3, 8, 8)
+    torch.export.save(torch.export.export(module.eval(), (images,)), path)
+    loaded = load_source(str(path)).module.module()
+    torch.testing.assert_close(loaded(images), module(images))

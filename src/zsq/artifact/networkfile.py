@@ -30,7 +30,7 @@ from zsq.quantizers.weight import FrozenWeight
 from zsq.runtime.checkpoints import load_tensors, save_tensors
 from zsq.runtime.group import Group
 from zsq.student import Student
-from zsq.teacher.layers import BatchNorm, Layer
+from zsq.teacher.layers import LAYER_OPERATORS, BatchNorm, Layer
 from zsq.teacher.teacher import ModelInfo, Teacher
 
 #: Version of the file layout.
@@ -214,7 +214,7 @@ def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
     if kind == "layer":
         arguments = _arguments(description)
         return Layer(
-            description["operator"],
+            _operator(description),
             tensors[f"{path}.weight"],
             tensors.get(f"{path}.bias"),
             arguments,
@@ -236,9 +236,20 @@ def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
         zero_point = tensors[f"{path}.weight_zero_point"].float()
         weight = FrozenWeight(codes, tensors[f"{path}.weight_scale"], zero_point, bits)
         return QuantizedLayer(
-            description["operator"], _arguments(description), weight, tensors.get(f"{path}.bias")
+            _operator(description), _arguments(description), weight, tensors.get(f"{path}.bias")
         )
     raise UsageError(f"the file holds an unknown kind of module {kind!r}.")
+
+
+def _operator(description: dict[str, Any]) -> str:
+    """Return which layer's operator a file names: it calls nothing else with weights."""
+    operator = description["operator"]
+    if operator not in LAYER_OPERATORS:
+        raise UsageError(
+            f"the file holds a layer that calls {operator!r}; it is damaged or not zsq's. Allowed: "
+            f"{', '.join(sorted(LAYER_OPERATORS))}."
+        )
+    return str(operator)
 
 
 def _arguments(description: dict[str, Any]) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 
 from zsq.errors import UsageError
 from zsq.teacher.checkpoints import ALLOW_PICKLE_MEANING, describe, require_file
+from zsq.teacher.layers import resolve_operator
 
 # Folders of the archive and what may lie in them.
 _WEIGHTS = re.compile(r"data/(weights|constants)/(weight|tensor)_\d+")
@@ -28,15 +29,26 @@ _SAMPLE_INPUTS = re.compile(r"data/sample_inputs/\w+\.pt")
 _GRAPH = re.compile(r"models/\w+\.json")
 _INERT = re.compile(r"archive_format|archive_version|byteorder|\.data/.*|extra/.*|\.format_version")
 
+# Operators beside ATen's: arithmetic on sizes, and regions of a graph, whose operands are graphs.
 _TARGET = re.compile(
-    r"torch\.ops\.(aten|prim|prims|higher_order)(\.[a-zA-Z]\w*|\._[a-z]\w*)+"
-    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_)"
-    r"|math\.\w+|torch\.(sym_\w+|_sym_\w+)"
+    r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|math\.(ceil|floor|trunc|sqrt)|torch\.(sym_\w+|_sym_\w+)"
+    r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond|while_loop)"
 )
+_ATEN = re.compile(r"torch\.ops\.(aten\.\w+\.\w+)")
 # Shape expressions are names of symbols and CamelCase sympy classes; code would need more, such as
-# a function in lower case, an attribute, or a string with brackets in it.
+# a function in lower case, an attribute, or a string with brackets in it. Powers and long numbers
+# could keep a reader busy for years.
 _EXPRESSION = re.compile(r"[\w\s(),.+\-*/<>=!%]*")
+_ENDLESS = re.compile(r"\*\*|Pow|factorial|\d{19}")
 _NAME = re.compile(r"[A-Z]\w*|[a-z]{1,3}\d+|int_oo|oo|positive|integer|nonnegative|real|precision")
+# What becomes an identifier in the code that PyTorch writes of a graph, what becomes a string there,
+# and how arguments are nested, which names some.
+_IDENTIFIER = re.compile(r"\w*")
+_TEXT = re.compile(r"[^\"'\\\x00-\x1f]*")
+_LAYOUT = re.compile(r'(?:[\w\s\[\]{}:,.\-"]|\\")*')
+# Functions found by their name, and objects of C++ classes.
+_OBJECTS = frozenset({"as_operator", "as_custom_obj", "class_fqn"})
 
 
 def load_exported(path: str | Path, *, allow_pickle: bool = False) -> ExportedProgram:
@@ -54,6 +66,8 @@ def load_exported(path: str | Path, *, allow_pickle: bool = False) -> ExportedPr
         reason = None if allow_pickle else _find_code(path)
         if reason is None:
             return torch.export.load(path) if allow_pickle else _load_screened(path)
+    except UsageError:
+        raise
     except Exception as error:  # damaged archives raise anything
         raise UsageError(
             f"{path} cannot be read as a torch.export archive ({describe(error)}): it is "
@@ -101,18 +115,45 @@ def _look_through_pickle(content: bytes) -> str | None:
 
 def _look_through_json(content: object) -> str | None:
     for key, value in _entries(content):
-        if key == "target" and isinstance(value, str) and not _TARGET.fullmatch(value):
-            return f"calls {value!r}"
+        shown = repr(str(value)[:80])
+        if key == "target" and not _is_operator(value):
+            return f"calls {shown}"
         if key == "expr_str" and not (isinstance(value, str) and _is_expression(value)):
-            return f"holds the expression {value!r}"
+            return f"holds the expression {shown}"
         if key == "use_pickle" and value:
             return "holds pickled tensors"
+        if key in _OBJECTS and value:
+            return f"holds the object {shown}"
+        allowed = _allowed_text(key)
+        for text in value if isinstance(value, list) else [value]:
+            if allowed and isinstance(text, str) and not allowed.fullmatch(text):
+                return f"holds the name {shown}"
     return None
+
+
+def _allowed_text(key: str) -> re.Pattern[str] | None:
+    """Return what a text of an archive may be, by the key that it stands under; None for anything."""
+    if key in ("name", "as_name", "forward_arg_names"):
+        return _IDENTIFIER
+    if key in ("in_spec", "out_spec"):
+        return _LAYOUT
+    return _TEXT if key.endswith("_name") else None
+
+
+def _is_operator(target: object) -> bool:
+    """Whether a network may call what a target names."""
+    if not isinstance(target, str):
+        return True  # of something else than a call
+    aten = _ATEN.fullmatch(target)
+    if aten is None:
+        return bool(_TARGET.fullmatch(target))
+    resolve_operator(aten[1])
+    return True
 
 
 def _is_expression(text: str) -> bool:
     text = re.sub(r"'[\w.+-]*'", "", text)
-    if not _EXPRESSION.fullmatch(text) or re.search(r"\.(?!\d)", text):
+    if not _EXPRESSION.fullmatch(text) or _ENDLESS.search(text) or re.search(r"\.(?!\d)", text):
         return False
     return all(_NAME.fullmatch(name) for name in re.findall(r"[^\W\d]\w*", text))
 

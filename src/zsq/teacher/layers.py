@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from zsq.errors import UsageError
+from zsq.teacher.gate import refusal
 
 #: Operators whose second argument is a weight with output channels on axis 0.
 LAYER_OPERATORS = frozenset({
@@ -72,9 +73,8 @@ def out_of_place(name: str) -> str:
 def resolve_operator(name: str) -> Callable[..., Any]:
     """Find the operator that a name stands for, refusing whatever is not plain tensor arithmetic.
 
-    Networks are read from files, so this is the gate: only ATen operators that take a tensor, a
-    list of tensors or a size first (``aten.from_file``, say, takes a file name) and the integer
-    operators of `SCALAR_OPERATORS` pass.
+    Networks are read from files, so this is the gate: only the ATen operators that `zsq.teacher.gate` lets
+    pass and the integer operators of `SCALAR_OPERATORS` do.
 
     Args:
         name: ``aten.<operator>.<overload>`` or ``operator.<name>``.
@@ -97,10 +97,10 @@ def resolve_operator(name: str) -> Callable[..., Any]:
             "does not have among its standard (aten) operators; rewrite that part of the network "
             "with standard torch functions."
         )
-    first = overload._schema.arguments[0] if overload._schema.arguments else None
-    if first is not None and str(first.type) in {"str", "Device", "Any"}:
+    reason = refusal(overload)
+    if reason is not None:
         raise UsageError(
-            f"the operator {name!r} takes something else than tensors and numbers first and is refused; rewrite "
+            f"the network calls the operator {name!r}, which {reason} and is refused, as it could do harm; rewrite "
             "that part of the network with standard tensor functions."
         )
     return overload
