@@ -9,6 +9,7 @@ import torch
 from helpers.runs import FEW, SHAPE, write_model, zsq, zsq_json
 
 import zsq as package
+from zsq.config import Override
 from zsq.synthesis.images import ImageSet
 
 
@@ -39,7 +40,9 @@ def test_bits_are_chosen_shipped_and_kept_with_the_run(model, tmp_path, monkeypa
     assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"bits.yaml", "bits_frontier.png", "bits_sensitivity.png"} <= names
-    assert package.diagnose(tmp_path / "run", images=2).planned == tuple(plan["layers"])
+    assert package.diagnose(tmp_path / "run", images=2).planned == tuple(
+        Override(match=path, weights=bits) for path, bits in plan["layers"].items()
+    )
     (tmp_path / "run" / "bits.yaml").write_text("cut o")
     assert package.diagnose(tmp_path / "run", images=2).planned == ()
     stored = onnx.load(tmp_path / "run" / "model.onnx").graph.initializer

@@ -3,9 +3,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, zsq_json
@@ -78,7 +81,7 @@ def test_a_changed_sweep_never_shows_the_numbers_of_another(tmp_path, monkeypatc
     (run / "integer.safetensors").unlink()  # made again on the way
     shown = row(0, data=others)
     evaluation = json.loads((run / "run.json").read_text())["results"]["evaluation"]
-    assert (evaluation["data"], evaluation["student"]["images"]) == (others, 9)
+    assert (evaluation["data"], evaluation["student"]["images"]) == (os.path.realpath(others), 9)
     assert shown["student"] == evaluation["student"]["top1"]
     assert "student" not in row(0)
     refused = row(1, steps=3, data=others)
@@ -101,13 +104,33 @@ def test_a_cell_that_fails_says_why_and_stops_nothing(tmp_path, monkeypatch, cap
     ("text", "message"),
     [("recipes: [genie]", "models"), ("models: []\nrecipes: [a]", "models"), ("a: [", "cannot be read"),
      ("models: [a]\nrecipes: [b]\ncolour: red", "colour"),
-     ("models: [a.py:f, ./a.py:f]\nrecipes: [b]", "share the folder a_py_f.b.w4a4.0")],
+     ("models: [a.py:f, ./a.py:f]\nrecipes: [b]", "share the folder a_py_f.b.w4a4.0; leave out"),
+     ("models: [--help]\nrecipes: [b]", "the model '--help' is none"),
+     ("models: [a]\nrecipes: [b]\noptions: [--allow-pickle]", "given to `zsq sweep` itself"),
+     ("models: [a]\nrecipes: [b]\noptions: [--out=x]", "is not a cell's"),
+     ("models: [a]\nrecipes: [b]\noptions: [-ox]", "is not a cell's")],
 )  # fmt: skip
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
         Sweep.load(tmp_path / "s.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_pickles_are_allowed_on_the_command_line_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "s.yaml").write_text("models: [a]\nrecipes: [b]\noptions: [--threads=1]")
+    given = []
+    monkeypatch.setattr(sweep, "run_sweep", lambda cells, *_, **more: given.append(cells) or [])
+    for extra in ((), ("--allow-pickle",)):
+        zsq(monkeypatch, capsys, "sweep", tmp_path / "s.yaml", "-o", tmp_path / "out", *extra)
+    assert [cells.options for cells in given] == [
+        ("--threads=1",), ("--threads=1", "--allow-pickle"),
+    ]  # fmt: skip
+
+
+def test_a_record_that_is_not_there_has_no_scores():
+    cells = Sweep(models=("a",), recipes=("b",), data="x")
+    assert sweep._scores(cells, {}) is None
 
 
 def test_an_option_that_does_not_exist_is_the_error_of_its_cell():
@@ -166,7 +189,23 @@ def test_cells_end_with_their_sweep():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "up\n"
         parent.kill()
+        killed = time.monotonic()
         assert parent.stdout.read() == ""  # the end: nobody holds the pipe any more
+    assert time.monotonic() - killed < 20  # and not when what it does is done
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such call")
+def test_an_orphan_ends_itself_and_what_it_starts_has_another_parent(monkeypatch):
+    killed = []
+    monkeypatch.setattr(machine.os, "kill", lambda *given: killed.append(given))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setenv(machine.ENDS_WITH_PARENT, str(os.getppid()))
+    machine.end_with_parent()
+    assert not killed
+    assert machine.ENDS_WITH_PARENT not in os.environ
+    monkeypatch.setenv(machine.ENDS_WITH_PARENT, "1234567")
+    machine.end_with_parent()
+    assert killed == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_missing_file_and_no_worker_are_refused(tmp_path):

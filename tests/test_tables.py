@@ -8,7 +8,7 @@ from rich.console import Console
 
 from zsq.bench.tables import bench_tables
 from zsq.config import load_recipe
-from zsq.tables import export_table, inspection_tables, recipes_table, sweep_tables
+from zsq.tables import export_table, inspection_tables, recipes_table, run_table, sweep_tables
 from zsq.teacher.inspect import inspect_teacher
 from zsq.teacher.teacher import load_teacher
 
@@ -19,6 +19,23 @@ def printed(parts):
     for part in parts:
         console.print(part)
     return console.file.getvalue().splitlines()
+
+
+def test_names_from_files_are_text_and_nothing_else():
+    recipe = {
+        "name": "[/]",
+        "protocol": "[red]",
+        "bits": {"weights": 4, "activations": 4},
+        "overrides": [1],
+    }
+    record = {
+        "run": "r", "status": "[/]", "timings": {"[/]\x1b[2J": 1.0}, "results": {},
+        "identity": {"model": "[/]", "recipe": recipe},
+    }  # fmt: skip
+    shown = "\n".join(printed(run_table(record)))
+    assert "[/], [red], w4a4 mixed" in shown
+    assert "time, [/]?[2J" in shown
+    assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize(("latency", "warned"), [(0.5, False), (20.0, True)])

@@ -13,7 +13,7 @@ import typer
 
 from zsq.cli_bench import measuring
 from zsq.cli_study import study
-from zsq.errors import RunError, ToldError, UsageError, ZsqError
+from zsq.errors import RunError, ToldError, UsageError, ZsqError, printable
 from zsq.options import (
     AllowPickle,
     BitsOption,
@@ -271,7 +271,7 @@ app.add_typer(study)
 
 
 def _tell(error: ZsqError) -> None:
-    sys.stderr.write(f"zsq: {error}\n")
+    sys.stderr.write(f"zsq: {printable(str(error))}\n")
     sys.stderr.flush()
 
 

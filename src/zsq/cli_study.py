@@ -72,6 +72,7 @@ def sweep(
     workers: Annotated[int, typer.Option("--workers", help="Runs at a time.")] = 1,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=(
         "Run on a Ray cluster: auto, host:port or local. Its machines share the folder and have zsq."))] = None,
+    allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -79,9 +80,10 @@ def sweep(
     from zsq.sweep import Sweep, run_sweep
     from zsq.tables import sweep_tables
 
-    rows = run_sweep(
-        Sweep.load(file), out, workers=workers, ray=ray, reporter=reporter_for(quiet or as_json)
-    )
+    cells = Sweep.load(file)
+    if allow_pickle:
+        cells = cells.model_copy(update={"options": (*cells.options, "--allow-pickle")})
+    rows = run_sweep(cells, out, workers=workers, ray=ray, reporter=reporter_for(quiet or as_json))
     show({"cells": rows}, as_json, lambda: sweep_tables(rows))
     if any(row["status"] != "done" for row in rows):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -194,13 +195,12 @@ def _fill_in_parts(data: dict[str, Any], schedule: Literal["quick", "full"], lar
         if not isinstance(part, str):
             filled.append(part)
             continue
-        named = load_recipe(part, schedule=schedule, large=large).synthesis
-        if isinstance(named, MixedSynthesis):
+        if mapping_at(read_recipe(part), "synthesis").get("parts"):  # perhaps of itself
             raise UsageError(
                 f"synthesis.parts names recipe {part!r}, whose images are mixed themselves; name its "
                 "parts instead."
             )
-        filled.append(named.model_dump())
+        filled.append(load_recipe(part, schedule=schedule, large=large).synthesis.model_dump())
     data["synthesis"] = {**synthesis, "parts": filled}
 
 
@@ -215,7 +215,8 @@ def _complaint(error: ValidationError) -> UsageError:
         reason = "there is no such setting" + (f" (did you mean {meant!r}?)" if close else "")
     else:
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
-    given = repr(first.get("input"))
+    value = first.get("input")
+    given = repr(value) if isinstance(value, str | int | float) else reprlib.repr(value)
     shown = given if len(given) <= 100 else f"{given[:100]}..."
     return UsageError(
         f"recipe setting {key!r} (={shown}): {reason}; `zsq recipes NAME` lists every "

@@ -4,6 +4,8 @@
 Every message says what is wrong, the value seen, what is allowed and what to do next.
 """
 
+import re
+
 
 class ZsqError(Exception):
     """Base of every error that zsq raises on purpose. The command line exits with ``exit_code``."""
@@ -31,6 +33,16 @@ class ToldError(ZsqError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("the run ended with an error that was shown before")
         self.exit_code = exit_code
+
+
+def printable(text: str) -> str:
+    r"""Replace the characters that a terminal acts on, other than ends of lines and tabs.
+
+    Example:
+        >>> printable("a\x1b[31mb")
+        'a?[31mb'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def yaml_problem(error: Exception) -> str:

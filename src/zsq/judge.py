@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -195,9 +197,10 @@ def _of_file(path: Path, given: dict[str, Any]) -> tuple[dict[str, Network], Mod
         for wanted, side in zip(declared, shape, strict=False)
     ]
     if len(shape) != 3 or not all(fits):
+        free = any(not isinstance(side, int) for side in declared)
         raise UsageError(
             f"{path} takes images of {' x '.join(map(str, declared))}, not of {' x '.join(map(str, shape))}; "
-            "leave --input-shape out."
+            + ("give --input-shape C,H,W of that kind." if free else "leave --input-shape out.")
         )
     resize = _numbers(properties.get("zsq.resize", ""))
     info = ModelInfo(
@@ -225,9 +228,10 @@ def _declared_input(session: Any, path: Path) -> tuple[int | str | None, ...]:
 
 def _numbers(text: str) -> tuple[float, ...] | None:
     try:
-        return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip()) or None
+        found = tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip())
     except ValueError:
         return None
+    return found if found and all(map(math.isfinite, found)) else None
 
 
 def _session(path: Path) -> Any:
@@ -266,7 +270,7 @@ def open_onnx(path: Path) -> Network:
 
 
 def _result(evaluation: Evaluation, subject: str | Path, data: str | Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"subject": str(subject), "data": str(data)}
+    result: dict[str, Any] = {"subject": str(subject), "data": os.path.realpath(data)}
     for name, score in evaluation.scores.items():
         result[name] = score.to_dict()
     names = set(evaluation.scores)

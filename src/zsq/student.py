@@ -93,7 +93,8 @@ class Student(nn.Module):
         """Return an independent copy."""
         copied = Student(copy.deepcopy(self.network), self.placement, self.info, self.recipe)
         copied.finished = self.finished
-        return copied.train(self.training)
+        copied.training = self.training  # every part's was copied with it
+        return copied
 
 
 def prepared_network(teacher: Teacher, recipe: Recipe) -> GraphModule:

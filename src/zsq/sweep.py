@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from zsq.errors import UsageError, yaml_problem
+from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write, make_folder
 from zsq.runtime.machine import ENDS_WITH_PARENT, usable_cores
 from zsq.runtime.progress import QuietReporter, Reporter
 from zsq.settings import Part
+from zsq.settings.yamlfiles import read_yaml
 from zsq.sweep_ray import run_on_ray
+
+#: Options of `zsq quantize` that no sweep's file may give its cells.
+_NOT_OPTIONS = ("-o", "--out", "--resume", "--no-resume", "--allow-pickle")
 
 
 class Sweep(Part):
@@ -59,23 +62,46 @@ class Sweep(Part):
             UsageError: missing, or not a sweep.
         """
         try:
-            return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"the sweep {path} cannot be read: {yaml_problem(error)}.") from error
+            return cls.model_validate(read_yaml(path))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "file"
+            key = ".".join(map(str, first["loc"]))
+            reason = first["msg"].removeprefix("Value error, ")
+            needs = (
+                "it needs `models` and `recipes`, and may hold `bits`, `seeds`, `schedule`, `settings`, `options` "
+                "and `data`"
+            )
             raise UsageError(
-                f"the sweep {path}: {key}: {first['msg']}; it needs `models` and `recipes`, and may "
-                "hold `bits`, `seeds`, `schedule`, `settings`, `options` and `data`."
+                f"the sweep {path}: {key}: {reason}; {needs}."
+                if key
+                else f"the sweep {path}: {reason}."
             ) from error
+        except ValueError as error:
+            raise UsageError(f"the sweep {path} cannot be read: {error}.") from error
 
     @model_validator(mode="after")
     def _has_every_cell_once(self) -> Self:
         folders = [cell.folder for cell in self.cells()]
         twice = sorted({folder for folder in folders if folders.count(folder) > 1})
         if twice:
-            raise ValueError(f"two cells would share the folder {twice[0]}")
+            raise ValueError(
+                f"two cells would share the folder {twice[0]}; leave out what its lists hold twice"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decides_nothing_for_its_reader(self) -> Self:
+        """Models are no options, and what may run code is allowed on the command line alone."""
+        for model in self.models:
+            if model.startswith("-"):
+                raise ValueError(f"the model {model!r} is none: it begins like an option")
+        for option in self.options:
+            name = option.partition("=")[0]
+            if name in _NOT_OPTIONS or re.match(r"-o.", name):
+                raise ValueError(
+                    f"the option {option!r} is not a cell's: folders follow from the sweep's, cells are always "
+                    "resumed, and --allow-pickle is given to `zsq sweep` itself"
+                )
         return self
 
     def asks_for_gpu(self) -> bool:
@@ -253,8 +279,12 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _scores(sweep: Sweep, record: dict[str, Any]) -> dict[str, Any] | None:
     """Return a run's scores on the sweep's images; on others they are not the sweep's."""
-    scores: dict[str, Any] = record["results"].get("evaluation", {})
-    return scores if sweep.data is not None and scores.get("data") == sweep.data else None
+    scores: dict[str, Any] = record.get("results", {}).get("evaluation", {})
+    return (
+        scores
+        if sweep.data is not None and scores.get("data") == os.path.realpath(sweep.data)
+        else None
+    )
 
 
 def _figures(sweep: Sweep, record: dict[str, Any]) -> dict[str, Any]:

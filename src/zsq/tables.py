@@ -20,9 +20,18 @@ from zsq.config import (
     Reconstruction,
     to_yaml,
 )
+from zsq.errors import printable
 from zsq.runtime.amounts import size
 from zsq.settings import Part
 from zsq.teacher.inspect import Inspection
+
+
+class _Table(Table):
+    """A table that shows what a terminal would act on instead: names come from files."""
+
+    def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
+        """Add a row of cells."""
+        super().add_row(*(printable(c) if isinstance(c, str) else c for c in cells), **more)
 
 
 def new_table(title: str, *columns: str, texts: int = 1) -> Table:
@@ -34,8 +43,8 @@ def new_table(title: str, *columns: str, texts: int = 1) -> Table:
         texts: so many of the first columns hold text, which is folded where a terminal is narrow; the
             others hold numbers, which stand on the right in one piece.
     """
-    table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="bold",
+    table = _Table(
+        title=printable(title), title_justify="left", title_style="bold", header_style="bold",
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for index, column in enumerate(columns):
@@ -51,20 +60,27 @@ def new_table(title: str, *columns: str, texts: int = 1) -> Table:
 
 def run_table(record: dict[str, Any]) -> Iterable[RenderableType]:
     """Summarise a finished run."""
-    table = new_table(f"run {escape(record['run'])}: {record['status']}", "what", "value", texts=2)
+    table = new_table(
+        f"run {escape(record['run'])}: {escape(str(record['status']))}", "what", "value", texts=2
+    )
     identity = record["identity"]
     recipe = identity["recipe"]
-    bits = recipe["bits"]
     table.add_row("model", escape(identity["model"]))
     table.add_row(
         "recipe",
-        f"{recipe['name']}, {recipe['protocol']}, w{bits['weights']}a{bits['activations']}",
+        escape(f"{recipe['name']}, {recipe['protocol']}, {_bits_of(recipe)}"),
     )
     for stage, seconds in record["timings"].items():
-        table.add_row(f"time, {stage}", f"{seconds:.1f} s")
+        table.add_row(escape(f"time, {stage}"), f"{seconds:.1f} s")
     yield table
     if "export" in record["results"]:
         yield from export_table(record["results"]["export"])
+
+
+def _bits_of(recipe: dict[str, Any]) -> str:
+    """Return a recipe's widths, and whether some layers or tensors have others."""
+    bits, mixed = recipe["bits"], " mixed" if recipe.get("overrides") else ""
+    return f"w{bits['weights']}a{bits['activations']}{mixed}"
 
 
 def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
@@ -161,7 +177,7 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
     for tensor in found.tensors:
         readers = escape(", ".join(tensor["read_by"]))
         tensors.add_row(
-            tensor["name"], readers, f"{prod(tensor['shape']):,}", _widths(tensor)
+            escape(tensor["name"]), readers, f"{prod(tensor['shape']):,}", _widths(tensor)
         )  # fmt: skip
     yield tensors
 

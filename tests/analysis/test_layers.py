@@ -119,12 +119,16 @@ def test_suggestions_keep_what_a_recipe_overrides_and_name_the_bits_file():
         assert overrides[0] == kept[0]
         assert len(overrides) == count
     assert overrides[2] == Override(edge="relu", activations=6)
-    own, plans = Override(match="head", activations=8), Override(match="b1", weights=2)
-    planned = replace(found, planned=("b1",), overrides=(own, plans)).suggestions()
+    own, plans = Override(match="b1", activations=8), Override(match="b1", weights=2)
+    planned = replace(found, planned=(plans,), overrides=(own, plans)).suggestions()
     assert planned == [
-        "b1: 4  # in bits.yaml",
-        '--set \'overrides=[{match: "head", activations: 8}, {edge: "relu", activations: 6}]\'',
+        "b1: 4  # in bits.yaml, layers",
+        '--set \'overrides=[{match: "b1", activations: 8}, {edge: "relu", activations: 6}]\'',
     ]
+    edges = replace(found, planned=(Override(edge="relu", activations=3),)).suggestions()
+    assert edges[0] == "relu: 6  # in bits.yaml, edges"
+    same_name = replace(found, planned=(Override(match="relu", weights=8),)).suggestions()
+    assert '{edge: "relu", activations: 6}' in same_name[1]
     json.dumps(found.to_dict())
 
 

@@ -97,7 +97,7 @@ def test_accuracies_on_other_images_are_not_compared_without_a_word(runs, tmp_pa
     both = write_report([one, two], tmp_path / "both.html").with_suffix(".md").read_text()
     assert "evaluated on different images (" in both
     assert both.index("/here, ") < both.index("/there): ")
-    assert "* evaluated on: there" in both
+    assert "* evaluated on: there" in both.replace("\\", "")
     late = write_report([three, one], tmp_path / "late.html").with_suffix(".md").read_text()
     assert "different images" not in late
     float_row = next(line for line in late.splitlines() if "FP32" in line)
@@ -136,6 +136,14 @@ def test_names_cannot_break_the_page(runs, tmp_path):
     page = write_report([nasty], tmp_path / "p.html").read_text(encoding="utf-8")
     assert "a<b>" not in page
     assert "a&lt;b&gt;&amp;&#x27;x" in page
+    record = json.loads((nasty / "run.json").read_text())
+    record["identity"]["model"] = "<img src=x>\n\n# Injected `|` \x1b[2J"
+    (nasty / "run.json").write_text(json.dumps(record))
+    summary = write_report([nasty], tmp_path / "p.html").with_suffix(".md").read_text()
+    assert "<" not in summary
+    assert "\x1b" not in summary
+    assert "\n# Injected" not in summary
+    assert r"&lt;img src=x&gt; # Injected \`\|\` ?\[2J" in summary
 
 
 def test_a_report_can_be_left_out(tmp_path, monkeypatch, capsys):

@@ -57,6 +57,27 @@ def test_a_damaged_record_that_is_json_is_refused(tmp_path, change):
             use(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "analysis", "recipe.yaml"])
+def test_a_run_that_leads_elsewhere_is_refused_and_nothing_there_is_touched(tmp_path, name):
+    """What a stranger's folder links to would be written to, deleted, or shown in a report."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    RunFolder.start(run, IDENTITY, resume=False).release()
+    outside.mkdir()
+    (outside / ".tmpabcdef").write_text("mine")
+    (run / name).symlink_to(outside)
+    for use in (RunFolder.open, lambda path: RunFolder.start(path, IDENTITY, resume=True)):
+        with pytest.raises(UsageError, match="is a link; a run's files are its own"):
+            use(run)
+    assert (outside / ".tmpabcdef").read_text() == "mine"
+
+
+def test_records_that_windows_editors_saved_are_read(tmp_path):
+    RunFolder.start(tmp_path, IDENTITY, resume=False).release()
+    text = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text("\ufeff" + text, encoding="utf-8")
+    assert RunFolder.open(tmp_path).record == json.loads(text)
+
+
 def test_only_a_run_that_was_begun_for_nothing_is_withdrawn(tmp_path):
     begun = RunFolder.start(tmp_path / "run", IDENTITY, resume=False)
     begun.write_text("recipe.yaml", "")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class Diagnosis:
         images: how many were looked at.
         items: by what leaving each of them float would gain, largest first.
         overrides: of the student's recipe, which a new list of them would replace.
-        planned: layers and tensors whose bits a bits file says.
+        planned: those of them that a bits file makes.
     """
 
     protocol: str
@@ -73,7 +74,7 @@ class Diagnosis:
     images: int
     items: tuple[Item, ...]
     overrides: tuple[Override, ...] = ()
-    planned: tuple[str, ...] = ()
+    planned: tuple[Override, ...] = ()
 
     def gain(self, item: Item) -> float:
         """Return the divergence that goes away when an item is left float; negative if it helps."""
@@ -90,23 +91,28 @@ class Diagnosis:
             for item in self.items
             if item.bits < 8 and self.gain(item) >= WORTH * self.divergence
         ][:count]
-        lines = [
-            f"{i.name}: {_doubled(i)}  # in bits.yaml" for i in worst if i.name in self.planned
-        ]
-        plans = {glob.escape(name) for name in self.planned}
-        kept = [_written(o) for o in self.overrides if (o.match or o.edge) not in plans]
+        kept = [_written(override) for override in self.overrides if override not in self.planned]
+        lines = []
         for item in worst:
-            if item.name not in self.planned:
+            if self._is_planned(item):
+                section = "layers" if item.kind == "weight" else "edges"
+                lines.append(f"{item.name}: {_doubled(item)}  # in bits.yaml, {section}")
+            else:
                 kept.append(_written(_override(item)))
                 lines.append(f"--set 'overrides=[{', '.join(kept)}]'")
-        return lines
+        return sorted(lines, key=lambda line: line.startswith("--set"))
+
+    def _is_planned(self, item: Item) -> bool:
+        """Whether a bits file says the bits of an item."""
+        wanted = _override(item)
+        return any((o.match, o.edge) == (wanted.match, wanted.edge) for o in self.planned)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain data, for JSON."""
         items = [asdict(item) | {"gain": self.gain(item)} for item in self.items]
-        overrides = [override.model_dump(exclude_none=True) for override in self.overrides]
         return asdict(self) | {
-            "items": items, "overrides": overrides, "suggestions": self.suggestions(),
+            "items": items, "overrides": _plain(self.overrides), "planned": _plain(self.planned),
+            "suggestions": self.suggestions(),
         }  # fmt: skip
 
     def plot(self) -> Figure:
@@ -122,6 +128,10 @@ class Diagnosis:
         axes.set(xlabel=f"divergence that leaving it float removes (of {self.divergence:.3g} nats); "
                         "blue weights, orange activations")  # fmt: skip
         return figure
+
+
+def _plain(overrides: Sequence[Override]) -> list[dict[str, Any]]:
+    return [override.model_dump(exclude_none=True) for override in overrides]
 
 
 def _doubled(item: Item) -> int:

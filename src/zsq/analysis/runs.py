@@ -17,7 +17,7 @@ from zsq.analysis.layers import Diagnosis, diagnose_student
 from zsq.artifact.networkfile import load_saved_teacher, load_student
 from zsq.artifact.runfolder import RunFolder
 from zsq.bits.plan import BitsPlan
-from zsq.config import Recipe
+from zsq.config import Override, Recipe
 from zsq.errors import UsageError
 from zsq.preparation import equalization_steps, prepared_teacher
 from zsq.runtime.ambient import own_modes
@@ -73,11 +73,11 @@ def diagnose(
     return found
 
 
-def _planned(folder: RunFolder) -> tuple[str, ...]:
-    """Return the layers and tensors that a run's bits file speaks of; none where it has none that can be read."""
+def _planned(folder: RunFolder) -> tuple[Override, ...]:
+    """Return the overrides that a run's bits file makes; none where it has none that can be read."""
     with suppress(UsageError):
         plan = BitsPlan.load(folder.file("bits.yaml"))
-        return (*plan.layers, *(plan.edges.edges if plan.edges else ()))
+        return (*plan.of_layers(), *plan.of_edges())
     return ()
 
 

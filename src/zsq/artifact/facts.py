@@ -174,7 +174,7 @@ def _picture(title: str, text: str, figure: Figure) -> Picture:
 def data_note(runs: list[RunFacts]) -> str:
     """Say that accuracies on different images are no contest; nothing where all were measured on the same."""
     measured = [run.record["results"].get("evaluation") for run in runs]
-    folders = list(dict.fromkeys(os.path.abspath(scores["data"]) for scores in measured if scores))
+    folders = list(dict.fromkeys(os.path.realpath(scores["data"]) for scores in measured if scores))
     if len(folders) < 2:
         return ""
     return (

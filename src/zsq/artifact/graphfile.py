@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -92,14 +93,24 @@ def graph_from_json(data: list[dict[str, Any]], root: nn.Module) -> GraphModule:
     try:
         for entry in data:
             nodes[_checked(entry["name"], _NAME)] = _node_from_json(graph, entry, nodes)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
             f"the saved network's graph is damaged: {type(error).__name__} {error}."
         ) from error
-    graph.lint()
-    return GraphModule(root, graph)
+    kinds = [node.op for node in graph.nodes]
+    if kinds.count("placeholder") != 1 or kinds.count("output") != 1 or kinds[-1] != "output":
+        raise UsageError(
+            "the saved network's graph is damaged: it has not one input and, at its end, one output."
+        )
+    try:
+        graph.lint()
+        return GraphModule(root, graph)
+    except (RuntimeError, SyntaxError, RecursionError, AttributeError) as error:
+        raise UsageError(
+            f"the saved network's graph is damaged: {type(error).__name__} {str(error)[:100]}."
+        ) from error
 
 
 def _node_from_json(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node]) -> Node:
@@ -126,7 +137,7 @@ def _node_from_json(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node])
 
 def _checked(text: str, pattern: re.Pattern[str]) -> str:
     """Names end up in generated code, so nothing but plain identifiers passes."""
-    if not isinstance(text, str) or not pattern.fullmatch(text):
+    if not isinstance(text, str) or not pattern.fullmatch(text) or iskeyword(text):
         raise UsageError(
             f"the saved network's graph holds the name {text!r}; it is damaged or not zsq's."
         )

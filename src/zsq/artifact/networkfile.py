@@ -177,6 +177,8 @@ def _describe_quantized(
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = load_tensors(path)
+    if not isinstance(header, dict):
+        raise UsageError(f"{path} is damaged: its header is no mapping.")
     if header.get("kind") != kind or header.get("format") != FORMAT:
         raise UsageError(
             f"{path} holds {header.get('kind', 'something else')!r} in format {header.get('format')}, not a "
@@ -226,7 +228,8 @@ def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
         return BatchNorm(parts[0], parts[1], parts[2], parts[3], float(description["eps"]))
     if kind == "activation":
         quantizer = ActivationQuantizer(int(description["bits"]), log_scale=False)
-        scale, zero_point = tensors[f"{path}.scale"], tensors[f"{path}.zero_point"].float()
+        scale = _scale(tensors, f"{path}.scale")
+        zero_point = tensors[f"{path}.zero_point"].float()
         quantizer.set_grid(Grid(scale, zero_point, torch.zeros(())))
         quantizer.low, quantizer.high = int(description["low"]), int(description["high"])
         return quantizer
@@ -234,11 +237,21 @@ def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
         bits = int(description["bits"])
         codes = unpack_codes(tensors[f"{path}.weight_packed"], bits, tuple(description["shape"]))
         zero_point = tensors[f"{path}.weight_zero_point"].float()
-        weight = FrozenWeight(codes, tensors[f"{path}.weight_scale"], zero_point, bits)
+        weight = FrozenWeight(codes, _scale(tensors, f"{path}.weight_scale"), zero_point, bits)
         return QuantizedLayer(
             _operator(description), _arguments(description), weight, tensors.get(f"{path}.bias")
         )
     raise UsageError(f"the file holds an unknown kind of module {kind!r}.")
+
+
+def _scale(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Return a quantizer's steps."""
+    scale = tensors[name]
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise UsageError(
+            f"the file holds {name!r}, which are no steps of a grid: not all are finite and above 0; it is damaged."
+        )
+    return scale
 
 
 def _operator(description: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -17,7 +18,7 @@ from zsq.artifact.facts import (
     data_note,
     settings_of,
 )
-from zsq.errors import UsageError
+from zsq.errors import UsageError, printable
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
@@ -184,13 +185,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> s
 def markdown(runs: list[RunFacts]) -> str:
     """Render the summary."""
     header, rows = comparison(runs)
-    lines = [f"# Quantized without data: {', '.join(run.name for run in runs)}", ""]
+    lines = [f"# Quantized without data: {_plain(', '.join(run.name for run in runs))}", ""]
     for note in filter(None, (protocols_note(runs), data_note(runs))):
         lines += [f"**{note}**", ""]
     lines += _markdown_table(header, rows)
     for run in runs:
-        lines += ["", f"## {run.name}", ""]
-        lines += [f"* {name}: {value}" for name, value in settings_of(run).items() if value]
+        lines += ["", f"## {_plain(run.name)}", ""]
+        lines += [f"* {name}: {_plain(value)}" for name, value in settings_of(run).items() if value]
         lines += [f"* **{text}**" for text in run.warnings]
         lines += ["", "What hurts most:", ""]
         found_header, found_rows = layer_table(run.diagnosis)
@@ -199,8 +200,14 @@ def markdown(runs: list[RunFacts]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _plain(text: object) -> str:
+    """Return a text of a run, in one line and with nothing in it that Markdown or a browser acts on."""
+    line = " ".join(printable(str(text)).split())
+    return re.sub(r"([|\\`\[\]])", r"\\\1", escape(line, quote=False))
+
+
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(map(_plain, cells)) + " |"
 
     return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]

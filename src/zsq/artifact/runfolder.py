@@ -128,12 +128,18 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = json.loads((path / "run.json").read_text(encoding="utf-8-sig"))
+            linked = sorted(found.name for found in path.iterdir() if found.is_symlink())
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} is not a readable zsq run ({type(error).__name__}: run.json); give the folder that "
                 "`zsq quantize -o` wrote."
             ) from error
+        if linked:  # commands would write, and reports show, what lies elsewhere
+            raise UsageError(
+                f"{path / linked[0]} is a link; a run's files are its own. Put what it points to in its place, or "
+                "take it away."
+            )
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise UsageError(
                 f"{path}/run.json is not of format {FORMAT}; it is damaged or of another zsq."

@@ -16,10 +16,11 @@ from zsq.artifact.networkfile import fingerprint
 from zsq.bits.costs import CostKind, stored_bytes
 from zsq.bits.layers import fixed_bits
 from zsq.config import Recipe
-from zsq.errors import UsageError, yaml_problem
+from zsq.errors import UsageError
 from zsq.quantizers.protocol import place
 from zsq.runtime.files import atomic_write
 from zsq.settings import Bits, Override, Part
+from zsq.settings.yamlfiles import read_yaml
 from zsq.student import prepared_network
 from zsq.teacher.teacher import Teacher
 
@@ -174,11 +175,18 @@ class BitsPlan(Part):
         self._check_names(network, recipe)
         self._check_protocol(network, recipe)
         self._check_overrides(recipe)
-        layers = (
+        edges, layers = self.of_edges(), self.of_layers()
+        return (*edges, *recipe.overrides, *layers)
+
+    def of_layers(self) -> tuple[Override, ...]:
+        """Return the overrides that put the layers' bits into effect."""
+        return tuple(
             Override(match=glob.escape(path), weights=bits) for path, bits in self.layers.items()
         )
-        edges = self.edges.overrides() if self.edges else ()
-        return (*edges, *recipe.overrides, *layers)
+
+    def of_edges(self) -> tuple[Override, ...]:
+        """Return the overrides that put the bits of activations into effect, where those were chosen."""
+        return self.edges.overrides() if self.edges else ()
 
     def _check_names(self, network: GraphModule, recipe: Recipe) -> None:
         placed = place(network, recipe.protocol, recipe.bits, recipe.overrides).weights
@@ -229,11 +237,9 @@ class BitsPlan(Part):
             UsageError: missing, or not a bits file.
         """
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-            reason = (
-                error.errors()[0]["msg"] if isinstance(error, ValidationError) else yaml_problem(error)
-            )  # fmt: skip
+            return cls.model_validate(read_yaml(path))
+        except ValueError as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UsageError(
                 f"{path} is not a readable bits file ({reason[:150]}); give widths like w4a4, or the "
                 "bits.yaml that `zsq bits MODEL --budget ... -o FOLDER` wrote."

@@ -126,7 +126,8 @@ def _edges_8bit(network: GraphModule, bits: Bits) -> tuple[dict[Node, int], dict
 
 def _all_low_bit(network: GraphModule, bits: Bits) -> tuple[dict[Node, int], dict[Node, Node]]:
     clamps = [n for n in network.graph.nodes if operator_name(n.target) in CLAMPS]
-    return dict.fromkeys(clamps, bits.activations), {}
+    delicate = _delicate(network)
+    return {n: bits.activations for n in clamps if n not in delicate}, {}
 
 
 def _integer(network: GraphModule, bits: Bits) -> tuple[dict[Node, int], dict[Node, Node]]:
@@ -166,7 +167,8 @@ def _delicate(network: GraphModule) -> set[Node]:
         name = operator_name(node.target)
         readers = [user for user in node.users if not user.meta.get("scalar")]
         divides = [_divides_by(user, node) or user in found for user in readers]
-        if name in _ROOTS or (name in _SUMS and divides and all(divides)):
+        sums = name in _SUMS or name in CLAMPS  # a variance may be kept from falling below 0
+        if name in _ROOTS or (sums and divides and all(divides)):
             found.add(node)
     return found
 

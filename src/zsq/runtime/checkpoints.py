@@ -70,7 +70,7 @@ def _opened(path: Path, in_run: bool | None = None) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         if in_run is None:
             in_run = any((folder / "run.json").exists() for folder in path.absolute().parents[:2])
         advice = (
@@ -105,10 +105,14 @@ class Checkpoints:
 
     def __init__(self, folder: Path | None = None, part: str = "") -> None:
         self.folder, self.part = folder, part
+        #: Whether the folder has, or had, a place: what is gone later is not made anew.
+        self.placed = folder is not None and folder.parent.exists()
 
     def within(self, name: str) -> Checkpoints:
         """Return the checkpoints of a part of a step, whose pieces are not this step's."""
-        return Checkpoints(self.folder, name)
+        inner = Checkpoints(self.folder, name)
+        inner.placed = self.placed
+        return inner
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """Return a piece that was saved before, or None."""
@@ -120,12 +124,13 @@ class Checkpoints:
         path = self._path(name)
         if path is not None:
             try:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(exist_ok=True, parents=not self.placed)
             except FileNotFoundError as error:
                 raise RunError(
                     f"the folder {path.parent.parent} is gone, and what was made with it; run the command again."
                 ) from error
             save_tensors(path, tensors)
+            self.placed = True
 
     def _path(self, name: str) -> Path | None:
         file = f"{self.part} {name}.safetensors".strip()

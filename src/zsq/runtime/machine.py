@@ -37,7 +37,8 @@ def end_with_parent() -> None:
     if ENDS_WITH_PARENT not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if str(os.getppid()) != os.environ[ENDS_WITH_PARENT]:  # it has ended already
+    parent = os.environ.pop(ENDS_WITH_PARENT)  # what this process starts has another
+    if str(os.getppid()) != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -9,9 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from zsq.errors import UsageError, yaml_problem
+from zsq.errors import UsageError
+from zsq.settings.yamlfiles import read_yaml
 
 #: Groups of settings that a schedule, or the size of images, puts in the place of others, in this order.
 SCHEDULES = ("large", "quick", "large_quick")
@@ -28,16 +27,16 @@ def read_recipe(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, An
     text = str(source)
     asked = f"recipe {text!r}" + (f", which {heirs[-1]!r} names," if heirs else "")
     packaged = files("zsq").joinpath("recipes", f"{text}.yaml")
-    if re.fullmatch(r"[\w+.-]+", text) and packaged.is_file():
+    if re.fullmatch(r"[\w+.-]{1,80}", text) and packaged.is_file():
         content = packaged.read_bytes()
-    elif text.endswith((".yaml", ".yml")) and Path(text).is_file():
+    elif text.endswith((".yaml", ".yml")) and _is_file(Path(text)):
         content = Path(text).read_bytes()
     else:
         raise UsageError(f"{asked} is neither a YAML file nor one of {', '.join(recipe_names())}.")
     try:
-        data = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {text!r} is not readable YAML: {yaml_problem(error)}.") from error
+        data = read_yaml(content)
+    except ValueError as error:
+        raise UsageError(f"recipe {text!r} is not readable YAML: {error}.") from error
     if not isinstance(data, dict):
         raise UsageError(
             f"recipe {text!r} must be a mapping of settings, not {type(data).__name__}."
@@ -51,6 +50,14 @@ def read_recipe(source: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, An
     return _inherited(read_recipe(str(base), (*heirs, text)), data)
 
 
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that none can have is not one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _find_beside(data: dict[str, Any], folder: Path) -> None:
     """Let a recipe's file name other files beside it, wherever it is read from."""
 
@@ -58,7 +65,7 @@ def _find_beside(data: dict[str, Any], folder: Path) -> None:
         beside = (
             folder / name if isinstance(name, str) and name.endswith((".yaml", ".yml")) else None
         )
-        return os.path.normpath(beside) if beside is not None and beside.is_file() else name
+        return os.path.realpath(beside) if beside is not None and _is_file(beside) else name
 
     if "extends" in data:
         data["extends"] = found(data["extends"])

@@ -9,6 +9,7 @@ the one before: ``n2 += x0(p0) + x1(p1) + x2(p2)`` and ``n3 += x3(p0) + x4(p1) +
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from zsq.config import is_large
 from zsq.errors import UsageError
 from zsq.runtime.files import atomic_write
+from zsq.settings.yamlfiles import read_yaml
 
 UPS = ("N", "L")
 OPERATIONS = ("0", "s", "c1", "c3", "c5", "d3", "d5")
@@ -96,7 +98,9 @@ class Architecture:
             UsageError: not three cells, crosses where there are none, or no way to the image.
         """
         if not isinstance(texts, (list, tuple)) or len(texts) != 3:
-            raise UsageError(f"an architecture is a list of three cells, not {texts!r}.")
+            raise UsageError(
+                f"an architecture is a list of three cells, not {reprlib.repr(texts)}."
+            )
         first, second, third = (Cell.parse(str(text)) for text in texts)
         if first.crosses or not second.crosses or not third.crosses:
             raise UsageError(
@@ -123,8 +127,8 @@ class Architecture:
             UsageError: unreadable, or not an architecture.
         """
         try:
-            content = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = read_yaml(path)
+        except ValueError as error:
             raise UsageError(
                 f"the architecture {path} cannot be read ({str(error)[:120]}); use published, search, "
                 "or a file that a search saved."
