@@ -32,7 +32,13 @@ def made(tmp_path_factory):
 
 def test_quantize_prints_what_came_out(made):
     folder, printed, _ = made
-    for text in ("genie, edges-8bit, w4a4", "agreement", "6", "speedup"):
+    for text in (
+        "genie, edges-8bit, w4a4",
+        "agreement, file/simulation",
+        "integer convolutions",
+        "x smaller than",
+        "x the speed",
+    ):
         assert text in printed
     names = {p.name for p in (folder / "run").iterdir()}
     assert names >= {

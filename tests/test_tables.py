@@ -40,7 +40,16 @@ def test_names_from_files_are_text_and_nothing_else():
 
 @pytest.mark.parametrize(("latency", "warned"), [(0.5, False), (20.0, True)])
 def test_a_file_that_is_slower_than_float_says_so(latency, warned):
-    report = {"latency_ms": latency, "float_latency_ms": 10.0, "speedup": 10.0 / latency}
+    report = {
+        "target": "ort-cpu", "agreement": 100.0, "max_step_difference": 0.0, "identical": 100.0,
+        "student_agreement": 93.0, "student_divergence": 0.04, "images": 128, "fused": 20, "convs": 21,
+        "fused_matmuls": 1, "matmuls": 1, "unfused": ("a.b is [float]",), "bytes": 10, "float_bytes": 40,
+        "ratio": 4.0, "threads": 1, "latency_ms": latency, "float_latency_ms": 10.0,
+        "speedup": 10.0 / latency,
+    }  # fmt: skip
+    shown = "\n".join(printed(export_table(report)))
+    for text in ("100.00 % of 128 images", "20 of 21", "a.b is [float]", "4.00x smaller than 40"):
+        assert text in shown
     words = [part for part in export_table(report) if isinstance(part, str)]
     assert any("slower here than the float one" in word for word in words) == warned
 

@@ -163,7 +163,7 @@ def inspect(
     )
     plan = read_plan(bits)
     given = plan.widths() if plan else Bits.parse(bits) if bits else None
-    found = inspect_teacher(teacher, given)
+    found = inspect_teacher(teacher, given, overrides=plan.checked(teacher) if plan else ())
     show(found.to_dict(), as_json, lambda: inspection_tables(found))
 
 

@@ -153,7 +153,7 @@ def bits(
     from zsq.bits.tables import bits_tables
     from zsq.errors import UsageError
     from zsq.runtime.context import Context
-    from zsq.runtime.files import make_folder
+    from zsq.runtime.files import check_folder, make_folder
     from zsq.runtime.policy import make_policy
     from zsq.teacher.teacher import load_teacher
 
@@ -162,7 +162,7 @@ def bits(
             raise UsageError(
                 f"{out} holds a run, whose bits are settled; choose another folder with -o."
             )
-        make_folder(Path(out))
+        check_folder(Path(out))
     teacher = load_teacher(
         model, input_shape=integers(input_shape, "--input-shape"), mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"), resize=resize, weights=weights, allow_pickle=allow_pickle,
@@ -176,6 +176,7 @@ def bits(
         context=Context(seed, policy, reporter_for(quiet or as_json)),
     )  # fmt: skip
     if out is not None:
+        make_folder(Path(out))
         write_plan(plan, Path(out))
     show(plan.to_dict(), as_json, lambda: bits_tables(plan))
 

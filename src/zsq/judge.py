@@ -67,8 +67,8 @@ def evaluate(
         reporter: progress.
 
     Returns:
-        ``{"teacher": {"top1", "top5", "stderr", "images"}, "student": ..., "onnx": ...,
-        "agreement": per cent of images on which teacher and student agree,
+        ``{"teacher": {"top1", "top5", "stderr", "top5_stderr", "images"}, "student": ..., "onnx": ...,
+        "agreement": per cent of images on which teacher and student agree, "agreement_stderr": in points,
         "divergence": {"nats", "stderr", "images"} of the student from the teacher, ...}``.
 
     Raises:
@@ -276,10 +276,12 @@ def _result(evaluation: Evaluation, subject: str | Path, data: str | Path) -> di
     names = set(evaluation.scores)
     if {"teacher", "student"} <= names:
         result["agreement"] = evaluation.agreement("teacher", "student")
+        result["agreement_stderr"] = evaluation.agreement_stderr("teacher", "student")
         result["drop"] = evaluation.difference("teacher", "student").to_dict()
         result["divergence"] = evaluation.divergence("student").to_dict()
     if {"onnx", "simulation"} <= names:
         result["onnx"]["agreement"] = evaluation.agreement("onnx", "simulation")
+        result["onnx"]["agreement_stderr"] = evaluation.agreement_stderr("onnx", "simulation")
     if {"student", "onnx"} <= names:
         result["onnx"]["drop"] = evaluation.difference("student", "onnx").to_dict()
         result["onnx"]["divergence"] = evaluation.divergence("onnx").to_dict()

@@ -86,10 +86,8 @@ def _bits_of(recipe: dict[str, Any]) -> str:
 def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
     """Show what an export came to."""
     table = new_table("ONNX file against the simulation", "what", "value", texts=2)
-    for key, value in report.items():
-        if key == "bytes" or key.endswith("_bytes"):
-            value = size(value)
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+    for label, value in _export_rows(report):
+        table.add_row(label, escape(value))
     yield table
     if report["speedup"] < 1:
         yield (
@@ -99,10 +97,51 @@ def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
         )
 
 
+def _export_rows(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Return what an export was measured to be, in words; `ExportReport` has the names of JSON."""
+    yield "made for", str(report["target"])
+    yield (
+        "agreement, file/simulation",
+        f"{report['agreement']:.2f} % of {report['images']} images",
+    )
+    yield (
+        "largest logit difference",
+        f"{report['max_step_difference']:.3g} steps (1/255 of their range)",
+    )
+    yield "identical logits", f"{report['identical']:.2f} %"
+    yield "agreement, simulation/student", f"{report['student_agreement']:.2f} %"
+    yield (
+        "divergence, simulation/student",
+        f"{report['student_divergence']:.3g} nats an image",
+    )
+    yield "integer convolutions", f"{report['fused']} of {report['convs']}"
+    if report["matmuls"]:
+        yield "integer matrix products", f"{report['fused_matmuls']} of {report['matmuls']}"
+    for reason in report["unfused"]:
+        yield "left in float", str(reason)
+    yield (
+        "size",
+        f"{size(report['bytes'])}, {report['ratio']:.2f}x smaller than {size(report['float_bytes'])}",
+    )
+    yield (
+        "time of an image",
+        (
+            f"{report['latency_ms']:.3g} ms, float {report['float_latency_ms']:.3g} ms: {report['speedup']:.2f}x the speed "
+            f"({report['threads']} thread{'s' if report['threads'] > 1 else ''})"
+        ),
+    )
+
+
 def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
     """Show accuracies."""
     table = new_table(
-        f"accuracy on {escape(result['data'])}", "network", "top-1 %", "+-", "top-5 %", "images"
+        f"accuracy on {escape(result['data'])}",
+        "network",
+        "top-1 %",
+        "+-",
+        "top-5 %",
+        "+-",
+        "images",
     )
     for name in ("teacher", "student", "simulation", "onnx"):
         if name in result:
@@ -111,6 +150,7 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
                 f"{score['top1']:.2f}",
                 f"{score['stderr']:.2f}",
                 f"{score['top5']:.2f}",
+                f"{score['top5_stderr']:.2f}",
                 str(score["images"]),
             )
             table.add_row(name, *cells)
@@ -118,7 +158,8 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
     if "agreement" in result:
         drop = result["drop"]
         yield (
-            f"teacher and student agree on {result['agreement']:.2f} % of the images; the student is "
+            f"teacher and student agree on {result['agreement']:.2f} +- {result['agreement_stderr']:.2f} % of the "
+            "images; the student (the recipe's own protocol, as papers measure it) is "
             f"{drop['points']:.2f} +- {drop['stderr']:.2f} points below."
         )
     if "divergence" in result:
@@ -128,13 +169,20 @@ def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:
             f"{apart['stderr']:.4f} nats an image, which tells students apart that top-1 does not."
         )
     if "agreement" in result.get("onnx", {}):
-        yield f"ONNX file and its simulation agree on {result['onnx']['agreement']:.2f} %."
+        yield (
+            f"ONNX file and its simulation (the integer network, computed exactly) agree on "
+            f"{result['onnx']['agreement']:.2f} % of {result['simulation']['images']} images."
+        )
 
 
 def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
     """Show what was understood of a network."""
     facts = new_table(escape(found.model), "what", "value", texts=2)
     facts.add_row("input", " x ".join(map(str, found.input_shape)))
+    known = found.mean is not None and found.std is not None
+    facts.add_row(
+        "normalisation", _normalisation(found) if known else "unknown: pass --mean and --std"
+    )
     facts.add_row("parameters", f"{found.parameters:,}")
     facts.add_row("multiply-accumulates", f"{found.macs:,}")
     facts.add_row("size in float32", size(found.float_bytes))
@@ -180,6 +228,11 @@ def inspection_tables(found: Inspection) -> Iterable[RenderableType]:
             escape(tensor["name"]), readers, f"{prod(tensor['shape']):,}", _widths(tensor)
         )  # fmt: skip
     yield tensors
+
+
+def _normalisation(found: Inspection) -> str:
+    mean, std = (", ".join(f"{x:.4g}" for x in values or ()) for values in (found.mean, found.std))
+    return f"mean {mean}; std {std}"
 
 
 def _widths(item: dict[str, Any]) -> str:

@@ -98,10 +98,14 @@ def test_networks_are_scored_on_the_same_images():
         agreement(tables["teacher"], tables["student"])
     )
     assert evaluation.agreement("teacher", "teacher") == 100.0
+    assert evaluation.agreement_stderr("teacher", "student") == standard_error(
+        evaluation.agreement("teacher", "student"), 500
+    )
     assert json.loads(json.dumps(evaluation.scores["student"].to_dict())) == {
         "top1": evaluation.scores["student"].top1,
         "top5": evaluation.scores["student"].top5,
         "stderr": evaluation.scores["student"].stderr,
+        "top5_stderr": standard_error(evaluation.scores["student"].top5, 500),
         "images": 500,
     }
     with pytest.raises(UsageError, match="no network 'onnx' here: there are teacher, student"):

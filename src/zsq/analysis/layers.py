@@ -125,8 +125,8 @@ class Diagnosis:
         colors = ["tab:blue" if item.kind == "weight" else "tab:orange" for item in shown]
         axes.barh(range(len(shown)), [self.gain(item) for item in shown], color=colors)
         axes.set_yticks(range(len(shown)), [item.name for item in shown], fontsize=7)
-        axes.set(xlabel=f"divergence that leaving it float removes (of {self.divergence:.3g} nats); "
-                        "blue weights, orange activations")  # fmt: skip
+        axes.set(xlabel=f"divergence that leaving it float removes (of {self.divergence:.3g} nats)")
+        axes.set_title("blue: weights, orange: activations", fontsize=8, loc="left")
         return figure
 
 

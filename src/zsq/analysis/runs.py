@@ -59,7 +59,7 @@ def diagnose(
     folder = RunFolder.open(run)
     student = load_student(folder.require("student.safetensors"))
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
-    pictures = ImageSet.load(folder.require("images.safetensors"))
+    pictures = ImageSet.load(folder.require("images.safetensors")).check(student.info.input_shape)
     prepared = prepared_teacher(teacher, student.recipe, pictures, kept_in(folder, student.recipe))
     network = prepared_network(prepared, student.recipe)
     if images is None:

@@ -49,6 +49,7 @@ class RunFacts:
     Attributes:
         name: of the run's folder.
         record: ``run.json``.
+        images: how many there are, and how they were made.
         recipe: ``recipe.yaml`` as it was written.
         diagnosis: of the layers.
         pictures: plots and images.
@@ -57,6 +58,7 @@ class RunFacts:
 
     name: str
     record: dict[str, Any]
+    images: str
     recipe: str
     diagnosis: Diagnosis
     pictures: tuple[Picture, ...]
@@ -76,7 +78,7 @@ def collect_facts(run: str | Path, reporter: Reporter, real: str | Path | None =
     """
     folder = RunFolder.open(run)
     teacher = load_saved_teacher(folder.require("teacher.safetensors"))
-    images = ImageSet.load(folder.require("images.safetensors"))
+    images = ImageSet.load(folder.require("images.safetensors")).check(teacher.info.input_shape)
     found = diagnose(run, images=None, context=Context(reporter=reporter))
     looks = examine_images(teacher, images, _real(teacher, real, len(images)))
     pictures = [*_history(folder), _picture(
@@ -87,7 +89,10 @@ def collect_facts(run: str | Path, reporter: Reporter, real: str | Path | None =
     ), *_saved(folder)]  # fmt: skip
     name = folder.path.resolve().name
     recipe = folder.require("recipe.yaml").read_text(encoding="utf-8")
-    return RunFacts(name, folder.record, recipe, found, tuple(pictures), tuple(looks.warnings))
+    made = f"{images.provenance.get('method', 'of unknown origin')}, {len(images)}"
+    return RunFacts(
+        name, folder.record, made, recipe, found, tuple(pictures), tuple(looks.warnings)
+    )
 
 
 def check_facts(run: str | Path, real: str | Path | None = None) -> None:
@@ -247,11 +252,11 @@ def settings_of(run: RunFacts) -> dict[str, str]:
     """Return a run's settings in a few words."""
     identity = run.identity
     recipe, environment = identity["recipe"], run.record["environment"]
-    synthesis, tuning = recipe["synthesis"], recipe["tuning"]
+    tuning = recipe["tuning"]
     return {
         "model": str(identity["model"]), "recipe": f"{recipe['name']}: {recipe['title']}",
         "paper": str(recipe["paper"]), "protocol": str(recipe["protocol"]),
-        "images": f"{identity['images']} ({synthesis['method']}, {synthesis['images']})",
+        "images": f"{identity['images']} ({run.images})",
         "tuning": f"{tuning['method']}, {tuning.get('steps', 0)} steps", "seed": str(identity["seed"]),
         "device": f"{identity['device']}, {identity['precision']}",
         "evaluated on": str(run.record["results"].get("evaluation", {}).get("data", "")),

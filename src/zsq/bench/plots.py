@@ -26,6 +26,7 @@ def plot_growth(points: list[dict[str, Any]]) -> Figure:
         points: ``growth`` of what `zsq.bench.run.bench` returns.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     axes_names = list(dict.fromkeys(point["along"] for point in points))
     figure = Figure(figsize=(4.5 * len(axes_names), 8), layout="constrained")
@@ -40,7 +41,9 @@ def plot_growth(points: list[dict[str, Any]]) -> Figure:
                     [_place(p) for p in own], [factor * p[key] for p in own], ".-", label=loop
                 )
             axes.set(xlabel="parameters" if along == "network" else along, ylabel=unit)
+            axes.margins(y=0.15)
             axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(visible=True, alpha=0.3)
     grid[0][0].legend(fontsize=7)
     return figure

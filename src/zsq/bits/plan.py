@@ -166,17 +166,26 @@ class BitsPlan(Part):
             UsageError: the plan is for another network, its protocol leaves other layers free than
                 the recipe's, or the recipe's overrides fix a layer to other bits.
         """
-        if fingerprint(teacher.network) != self.network:
-            raise UsageError(
-                f"the bits file was made for another network ({self.model}, {len(self.layers)} layers) than "
-                f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
-            )
+        self.checked(teacher)
         network = prepared_network(teacher, recipe)
         self._check_names(network, recipe)
         self._check_protocol(network, recipe)
         self._check_overrides(recipe)
         edges, layers = self.of_edges(), self.of_layers()
         return (*edges, *recipe.overrides, *layers)
+
+    def checked(self, teacher: Teacher) -> tuple[Override, ...]:
+        """Return the plan's own overrides.
+
+        Raises:
+            UsageError: the plan is for another network.
+        """
+        if fingerprint(teacher.network) != self.network:
+            raise UsageError(
+                f"the bits file was made for another network ({self.model}, {len(self.layers)} layers) than "
+                f"{teacher.info.reference}, or for other weights; make one with `zsq bits` for this network."
+            )
+        return (*self.of_edges(), *self.of_layers())
 
     def of_layers(self) -> tuple[Override, ...]:
         """Return the overrides that put the layers' bits into effect."""

@@ -21,12 +21,14 @@ class Score:
         top1: share of images whose largest logit is the label's.
         top5: share of images whose label is among the five largest logits.
         stderr: standard error of ``top1``, in points.
+        top5_stderr: standard error of ``top5``, in points.
         images: how many images were looked at.
     """
 
     top1: float
     top5: float
     stderr: float
+    top5_stderr: float
     images: int
 
     def to_dict(self) -> dict[str, float | int]:
@@ -95,6 +97,10 @@ class Evaluation:
         a, b = self._both(first, second)
         return _percent(a == b)
 
+    def agreement_stderr(self, first: str, second: str) -> float:
+        """Return the standard error of `agreement`, in points."""
+        return standard_error(self.agreement(first, second), len(self._both(first, second)[0]))
+
     def difference(self, first: str, second: str) -> Difference:
         """Return top-1 of ``first`` minus that of ``second``, paired by image, of those both saw.
 
@@ -152,18 +158,18 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (ahead.sum(1) < k) & ~own[:, 0].isnan()
 
 
-def standard_error(top1_percent: float, n: int) -> float:
-    """Return the binomial standard error, in points, of an accuracy over ``n`` images.
+def standard_error(percent: float, n: int) -> float:
+    """Return the binomial standard error, in points, of a share of ``n`` images.
 
     Args:
-        top1_percent: 0 to 100.
+        percent: 0 to 100.
         n: at least 1.
 
     Example:
         >>> round(standard_error(89.1, 5000), 2)
         0.44
     """
-    share = top1_percent / 100
+    share = percent / 100
     return 100 * math.sqrt(max(share * (1 - share), 0.0) / n)
 
 
@@ -244,7 +250,10 @@ def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
 def _score(predictions: Tensor, labels: Tensor, within_top5: int) -> Score:
     images = len(predictions)
     top1 = _percent(predictions == labels[:images])
-    return Score(top1, 100 * within_top5 / images, standard_error(top1, images), images)
+    top5 = 100 * within_top5 / images
+    return Score(
+        top1, top5, standard_error(top1, images), standard_error(top5, images), images
+    )  # fmt: skip
 
 
 def _checked(name: str, logits: object, labels: Tensor, classes: int | None) -> Tensor:

@@ -104,6 +104,8 @@ class Preprocessing:
         Raises:
             UsageError: the file is no readable image, or has another size and there is no resize.
         """
+        if path.exists() and not path.is_file():  # a pipe would be waited for, for good
+            raise UsageError(f"{path} is no file, though it has an image's name; take it away.")
         try:
             with Image.open(path) as image:
                 image.load()

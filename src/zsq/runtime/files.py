@@ -138,6 +138,25 @@ def make_folder(path: Path) -> None:
         )
 
 
+def check_folder(path: Path) -> None:
+    """Find out before the work that `make_folder` will fail, and make nothing.
+
+    Raises:
+        UsageError: a file is in the way, or no folder may be made there.
+    """
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UsageError(
+            f"cannot make the folder {path}: {nearest} is a file; choose another with -o."
+        )
+    if not is_writable(nearest):
+        raise UsageError(
+            f"the folder {nearest} is not writable; make it so, or choose another with -o."
+        )
+
+
 def check_destination(path: Path, endings: tuple[str, ...] = ()) -> None:
     """Find out before the work that its result cannot be written.
 

@@ -167,6 +167,10 @@ def image_set(images: ImageSet | Tensor, teacher: Teacher, context: Context) -> 
         raise UsageError(
             f"images are an ImageSet or a normalised tensor (N, C, H, W), not a {type(images).__name__}."
         )
+    if images.ndim != 4:
+        raise UsageError(
+            f"images are a normalised tensor (N, C, H, W), not one of shape {tuple(images.shape)}."
+        )
     given = ImageSet(images, torch.zeros(len(images), dtype=torch.long), {"method": "given"})
     pixels = given.check(shape).images.detach().float()
     return replace(given, images=pixels, labels=predict(teacher, pixels, context))

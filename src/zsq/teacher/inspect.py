@@ -34,6 +34,8 @@ class Inspection:
     Attributes:
         model: what the user typed.
         input_shape: (C, H, W).
+        mean: of the normalisation, a value per channel; None where unknown.
+        std: likewise.
         parameters: number of parameters, and of what else operators hold in float.
         macs: multiply-accumulates of one image in convolutions and linear layers.
         float_bytes: parameters in float32.
@@ -49,6 +51,8 @@ class Inspection:
 
     model: str
     input_shape: tuple[int, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     parameters: int
     macs: int
     float_bytes: int
@@ -151,6 +155,8 @@ def inspect_teacher(
     return Inspection(
         model=teacher.info.reference,
         input_shape=teacher.info.input_shape,
+        mean=teacher.info.mean,
+        std=teacher.info.std,
         parameters=parameters,
         macs=sum(macs.values()),
         float_bytes=4 * parameters,

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from zsq.errors import UsageError
 from zsq.runtime.ambient import own_modes
 from zsq.teacher.graph import build_network, export_module
 from zsq.teacher.sources import Source, check_finite, load_source
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,24 @@ def load_teacher(
     return Teacher(network, info)
 
 
+def _as_numbers(
+    values: Iterable[Any] | None, kind: Callable[[Any], Number]
+) -> tuple[Number, ...] | None:
+    """Return what a caller gave for a shape or a normalisation as plain numbers."""
+    try:
+        return None if values is None else tuple(kind(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"a shape or normalisation of {values!r} is none ({error}); give numbers, e.g. (3, 224, 224)."
+        ) from error
+
+
 def _info(
     source: Source, input_shape: tuple[int, ...] | None, mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None, resize: int | None,
 ) -> ModelInfo:  # fmt: skip
-    if input_shape is not None:
-        input_shape = tuple(int(side) for side in input_shape)
-    mean, std = (
-        None if values is None else tuple(float(v) for v in values) for values in (mean, std)
-    )
+    input_shape = _as_numbers(input_shape, int)
+    mean, std = _as_numbers(mean, float), _as_numbers(std, float)
     shape = tuple(input_shape or source.input_shape or ())
     if not shape:
         shape = _placeholder_shape(source.module)
