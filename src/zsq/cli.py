@@ -206,7 +206,11 @@ def evaluate(
     batch: Annotated[int, typer.Option("--batch", min=1)] = 200,
     simulated: Annotated[
         int,
-        typer.Option("--simulated", min=0, help="Images on which file and exact simulation meet."),
+        typer.Option(
+            "--simulated",
+            min=0,
+            help="Images on which a run's file is compared with its exact simulation, which is slow; 0: none.",
+        ),
     ] = 1000,
     device: Device = "cpu",
     quiet: Quiet = False,

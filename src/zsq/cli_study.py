@@ -66,7 +66,7 @@ def analyse(
 @study.command()
 def sweep(
     file: Annotated[
-        str, typer.Argument(help="YAML: models, recipes, bits, seeds, settings, data.")
+        str, typer.Argument(help="YAML: models, recipes, bits, seeds, schedule, settings, options, data.")
     ],
     out: Annotated[str, typer.Option("-o", "--out", help="Folder for the runs and their table.")],
     workers: Annotated[int, typer.Option("--workers", help="Runs at a time.")] = 1,

@@ -65,9 +65,11 @@ Images = Annotated[str | None, typer.Option("--images", help=(
     "Folder of real images to use instead of synthetic ones."))]  # fmt: skip
 ImagesFrom = Annotated[list[str] | None, typer.Option("--images-from", metavar="RUN", help=(
     "Use the images of another run: its folder, or its images.safetensors. Repeatable: of all of them."))]  # fmt: skip
-Seed = Annotated[int, typer.Option("--seed", min=0)]
-Precision = Annotated[PrecisionChoice, typer.Option("--precision")]
-Compile = Annotated[bool, typer.Option("--compile/--no-compile")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="All chance of a run follows from it.")]
+Precision = Annotated[PrecisionChoice, typer.Option("--precision", help=(
+    "Of what is learned; auto: bf16 where the hardware multiplies in it."))]  # fmt: skip
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help=(
+    "Compile loops that are long enough to win the time back."))]  # fmt: skip
 CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=(
     "Replay compiled loops as CUDA graphs; needs a GPU."))]  # fmt: skip
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=(

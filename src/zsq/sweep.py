@@ -299,13 +299,14 @@ def _figures(sweep: Sweep, record: dict[str, Any]) -> dict[str, Any]:
         figures |= {
             "teacher": scores["teacher"]["top1"], "student": scores["student"]["top1"],
             "drop": scores["drop"]["points"], "stderr": scores["drop"]["stderr"],
+            "agreement": scores.get("agreement"), "onnx": scores.get("onnx", {}).get("top1"),
         }  # fmt: skip
     return figures
 
 
 #: Columns of the table.
-COLUMNS = ("model", "recipe", "protocol", "bits", "seed", "student", "drop", "stderr", "ratio",
-           "speedup", "seconds", "status", "error")  # fmt: skip
+COLUMNS = ("model", "recipe", "protocol", "bits", "seed", "teacher", "student", "drop", "stderr", "agreement",
+           "onnx", "ratio", "speedup", "seconds", "status", "error")  # fmt: skip
 
 
 def _write(place: Path, rows: list[dict[str, Any]]) -> None:

@@ -97,39 +97,24 @@ def export_table(report: dict[str, Any]) -> Iterable[RenderableType]:
         )
 
 
-def _export_rows(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _export_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what an export was measured to be, in words; `ExportReport` has the names of JSON."""
-    yield "made for", str(report["target"])
-    yield (
-        "agreement, file/simulation",
-        f"{report['agreement']:.2f} % of {report['images']} images",
-    )
-    yield (
-        "largest logit difference",
-        f"{report['max_step_difference']:.3g} steps (1/255 of their range)",
-    )
-    yield "identical logits", f"{report['identical']:.2f} %"
-    yield "agreement, simulation/student", f"{report['student_agreement']:.2f} %"
-    yield (
-        "divergence, simulation/student",
-        f"{report['student_divergence']:.3g} nats an image",
-    )
-    yield "integer convolutions", f"{report['fused']} of {report['convs']}"
-    if report["matmuls"]:
-        yield "integer matrix products", f"{report['fused_matmuls']} of {report['matmuls']}"
-    for reason in report["unfused"]:
-        yield "left in float", str(reason)
-    yield (
-        "size",
-        f"{size(report['bytes'])}, {report['ratio']:.2f}x smaller than {size(report['float_bytes'])}",
-    )
-    yield (
-        "time of an image",
-        (
-            f"{report['latency_ms']:.3g} ms, float {report['float_latency_ms']:.3g} ms: {report['speedup']:.2f}x the speed "
-            f"({report['threads']} thread{'s' if report['threads'] > 1 else ''})"
-        ),
-    )
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    times = f"{report['latency_ms']:.3g} ms, float {report['float_latency_ms']:.3g} ms"
+    rows = [
+        ("made for", str(report["target"])),
+        ("agreement, file/simulation", f"{report['agreement']:.2f} % of {report['images']} images"),
+        ("largest logit difference", f"{report['max_step_difference']:.3g} steps (1/255 of their range)"),
+        ("identical logits", f"{report['identical']:.2f} %"),
+        ("agreement, simulation/student", f"{report['student_agreement']:.2f} %"),
+        ("divergence, simulation/student", f"{report['student_divergence']:.3g} nats an image"),
+        ("integer convolutions", f"{report['fused']} of {report['convs']}"),
+        ("integer matrix products", f"{report['fused_matmuls']} of {report['matmuls']}"),
+        *(("left in float", str(reason)) for reason in report["unfused"]),
+        ("size", f"{size(report['bytes'])}, {report['ratio']:.2f}x smaller than {size(report['float_bytes'])}"),
+        ("time of an image", f"{times}: {report['speedup']:.2f}x the speed ({threads})"),
+    ]  # fmt: skip
+    return rows
 
 
 def evaluation_table(result: dict[str, Any]) -> Iterable[RenderableType]:

@@ -18,12 +18,17 @@ from zsq.runtime.shelf import Shelf, describe, half_of_memory, host_budget
         ("8GB", 8 * 10**9),
         ("512 MiB", 512 * 2**20),
         ("0.5gb", 5 * 10**8),
-        ("1000", 1000),
+        ("1000000", 1000000),
         (1000, 1000),
     ],
 )
 def test_amounts_are_read_with_their_units(text, wanted):
     assert parse_memory(text) == wanted
+
+
+def test_a_number_that_was_hardly_meant_as_bytes_is_refused():
+    with pytest.raises(UsageError, match="'8' has no unit; write for example 8GB"):
+        parse_memory("8")
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-3GB", "0", "0.0GB", "8 apples", "GB", -5, 0])

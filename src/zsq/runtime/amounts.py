@@ -10,12 +10,16 @@ from zsq.errors import UsageError
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+#: Numbers without a unit below this were hardly meant as bytes.
+LEAST = 1_000_000
+
+
 def parse_memory(given: str | int) -> int:
     """Read an amount of memory in bytes.
 
     Args:
         given: bytes, or a number with ``KB``, ``MB``, ``GB`` (powers of 1,000), ``KiB``, ``MiB``,
-            ``GiB`` or none.
+            ``GiB``, or none if it is at least `LEAST`.
 
     Raises:
         UsageError: not an amount, or not positive.
@@ -27,6 +31,8 @@ def parse_memory(given: str | int) -> int:
     text = str(given)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     amount = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if found and found[2] is None and isinstance(given, str) and 0 < amount < LEAST:
+        raise UsageError(f"--memory {text!r} has no unit; write for example {text.strip()}GB.")
     if amount <= 0:
         raise UsageError(f"--memory {text!r} is not an amount of memory; write for example 8GB.")
     return amount
