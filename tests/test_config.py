@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from zsq.config import Bits, Override, Recipe, load_recipe, recipe_names, to_yaml
 from zsq.errors import UsageError
@@ -303,3 +305,25 @@ def test_unknown_recipes_list_the_known_ones(name):
 def test_settings_are_finite(key, value):
     with pytest.raises(UsageError, match=rf"{key}.*finite"):
         load_recipe("genie", settings=[f"{key}={value}"])
+
+
+def test_every_setting_says_what_it_means():
+    """`zsq recipes NAME` lists them, and errors promise that."""
+    models, silent = [Recipe], []
+    for model in models:
+        for name, field in model.model_fields.items():
+            if not field.description and name != "method":
+                silent.append(f"{model.__name__}.{name}")
+            models += [
+                found
+                for found in _models_in(field.annotation)
+                if found not in models and found not in (Bits, Override)
+            ]
+    assert not silent
+    assert len(models) > 10
+
+
+def _models_in(annotation):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]

@@ -63,17 +63,26 @@ class Recipe(Part):
     """Everything that defines a run, apart from the model and the machine."""
 
     name: str = "custom"
+    """Of the recipe, in tables and reports."""
     title: str = ""
+    """What it does, in a line."""
     paper: str = ""
+    """Where it was published."""
     protocol: Literal["edges-8bit", "integer", "all-low-bit"] = "edges-8bit"
+    """Which layers and tensors are quantized: edges-8bit, integer or all-low-bit (`zsq inspect` shows all three)."""
     bits: Annotated[Bits, BeforeValidator(to_bits)] = Bits()
+    """Widths of weights and activations, such as w4a4; 2 to 8 each."""
     overrides: tuple[Override, ...] = ()
+    """Other widths for layers (``match``, a glob on their path) or tensors (``edge``, on their name); the last that
+    matches counts."""
     fold_batch_norm: bool = True
     """Fold batch norms before tuning; ``integer`` always does."""
     equalize: float = Field(default=0.5, ge=0, le=1)
     """Cross-layer equalization (arXiv 1906.04721) before quantizers are put in: 0 off, 1 full."""
     synthesis: Synthesis = GenieSynthesis()
+    """How images are made."""
     tuning: Tuning = Reconstruction()
+    """How the student is tuned on them."""
     quick: dict[str, Any] = Field(default_factory=dict)
     """Settings of ``--schedule quick``, by dotted key."""
     large: dict[str, Any] = Field(default_factory=dict)

@@ -257,7 +257,7 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     yield escape(to_yaml(recipe))
     table = new_table("what the settings mean", "setting", "meaning", texts=2)
     parts: dict[str, Part] = {
-        "synthesis": recipe.synthesis, "tuning": recipe.tuning,
+        "": recipe, "synthesis": recipe.synthesis, "tuning": recipe.tuning,
     }  # fmt: skip
     for part, settings in list(parts.items()):
         nested = {f"{part}.{name}": value for name, value in settings if isinstance(value, Part)}
@@ -265,7 +265,9 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     for part, settings in parts.items():
         for name, field in type(settings).model_fields.items():
             if field.description:
-                table.add_row(f"{part}.{name}", escape(field.description))
+                table.add_row(
+                    f"{part}.{name}".lstrip("."), escape(field.description.replace("``", ""))
+                )
     yield table
 
 

@@ -73,6 +73,17 @@ def test_keys_that_do_not_fit_are_named(tmp_path, script):
     assert "other shapes: 1.weight ([7] in the file, [4] in the network)" in text
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, script, dtype):
+    """They would be rounded, or lose a part, on the way into the network."""
+    state = tiny().state_dict()
+    state["0.weight"] = state["0.weight"].to(dtype)
+    torch.save(state, tmp_path / "w.pth")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(UsageError, match=rf"not real numbers: 0\.weight \({kind} in the file\)"):
+        load_source(script, weights=tmp_path / "w.pth")
+
+
 def test_only_a_few_keys_are_listed(tmp_path, script):
     save_file({f"x{i}": torch.zeros(1) for i in range(9)}, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="x0, x1, x2 and 6 more"):

@@ -27,10 +27,13 @@ class GenieSynthesis(Part):
     latent: int = Field(default=256, ge=1)
     """Length of each image's latent vector."""
     latent_lr: float = Field(default=0.1, gt=0)
+    """Rate of the latents (Adam)."""
     generator_lr: float = Field(default=0.01, gt=0)
+    """Rate of the generator (Adam)."""
     generator_decay: float = Field(default=0.95, gt=0, le=1)
     """Factor on the generator's rate every ``decay_every`` steps."""
     decay_every: int = Field(default=100, ge=1)
+    """Steps between two of these."""
     plateau_patience: int = Field(default=100, ge=1)
     """Steps without a relatively 1e-4 better loss before the latents' rate falls to a tenth."""
     swing: bool = True
@@ -45,6 +48,7 @@ class GeneratorSynthesis(Part):
 
     method: Literal["generator"] = "generator"
     generator: Literal["gdfq", "qimera", "autorecon"] = "gdfq"
+    """Whose generator, and what it learns from: GDFQ's, Qimera's or AutoReCon's."""
     images: int = Field(default=1024, ge=1)
     """Images that are drawn from the finished generator and kept with the run."""
     steps: int = Field(default=800, ge=1)
@@ -113,6 +117,7 @@ class PixelSynthesis(Part):
     """How fast that noise's amplitudes fall with frequency, ``frequency**-slope``: 0 is white, photographs have
     1 or more. Where it is not 0 take a smaller ``lr``, or the optimiser's first steps are the noise."""
     losses: PixelLosses = PixelLosses(batch_statistics=1.0)
+    """Weights of the loss's terms."""
     difficulty: float = Field(default=0.0, ge=0)
     """Gamma of ``(1 - p)**gamma * CE``; 0 is the plain cross-entropy."""
     soft_floor: float = Field(default=1.0, gt=0, le=1)

@@ -46,6 +46,7 @@ class Reconstruction(Calibration):
     steps: int = Field(default=20000, ge=0)
     """Steps per reconstruction unit; 0 rounds to nearest."""
     batch: int = Field(default=32, ge=1)
+    """Images per step."""
     equalize_steps: int = Field(default=0, ge=0)
     """Steps before, at most as many as a unit's, that learn end to end what each channel of the quantized
     activations is to be multiplied by, and their first steps; 0: what `equalize` computes, and a search."""
@@ -65,7 +66,9 @@ class Reconstruction(Calibration):
     """What an error counts in each output channel of a unit: the same everywhere, as public code runs it,
     or the Fisher information of the teacher's predictions there (BRECQ, arXiv 2102.05426, section 3.2)."""
     learn_weight_scale: bool = True
+    """Learn the steps of weights together with their rounding."""
     learn_activation_scale: bool = True
+    """Learn the steps of activations (LSQ)."""
     scale_lr: float = Field(default=5e-3, gt=0)
     """Rate of the weight steps; relative to the step where ``log_scale``."""
     activation_lr: float = Field(default=1e-3, gt=0)
@@ -82,7 +85,9 @@ class Reconstruction(Calibration):
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps before the regulariser starts."""
     beta_start: float = 20.0
+    """Exponent of the regulariser at its start: how flat it is away from 0 and 1."""
     beta_end: float = 2.0
+    """Exponent at the end."""
 
 
 class Losses(Part):
@@ -120,6 +125,7 @@ class Inundation(Part):
     first_steps: int = Field(default=200, ge=0)
     """Steps at the start in which multipliers are at most `first_cap`."""
     first_cap: float = Field(default=128.0, ge=1)
+    """Largest multiplier in those steps."""
     cap: float = Field(default=65536.0, ge=1)
     """Largest multiplier."""
 
@@ -159,7 +165,9 @@ class Finetuning(Calibration):
     lr: float = Field(default=1e-4, gt=0)
     """Rate of SGD."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Nesterov momentum of SGD."""
     weight_decay: float = Field(default=1e-4, ge=0)
+    """L2 penalty on everything that is learned."""
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Shares of all steps, warm-up included, after which rates and targets fall."""
     decay: float = Field(default=0.1, gt=0, le=1)
@@ -168,7 +176,9 @@ class Finetuning(Calibration):
     """Decay per step of the running average of everything learned that becomes the student; shorter at
     the start, so that early steps do not weigh on it. 0: the student is the last step's, as published."""
     losses: Losses = Losses()
+    """Weights of the loss's terms."""
     temperature: float = Field(default=20.0, gt=0)
+    """Both networks' logits are divided by it before the divergence."""
     kl_mean: Literal["element", "sample"] = "element"
     """Average the divergence over images and classes, as published, or over images only."""
     agreement_every: int = Field(default=100, ge=0)
@@ -179,4 +189,6 @@ class Finetuning(Calibration):
     snapshots: int = Field(default=0, ge=0)
     """Snapshots of the weights, evenly spaced over training and kept with the run, for `zsq analyse`."""
     promotion: Promotion | None = None
+    """Learn from images made harder, too (HAST); null: from the images alone."""
     inundation: Inundation | None = None
+    """Scale gradients until enough integers change (AIT); null: as they are."""

@@ -216,11 +216,17 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path) -> N
         for key, value in state.items()
         if key in expected and value.shape != expected[key].shape
     ]
+    wrong_kind = [
+        f"{key} ({str(value.dtype).removeprefix('torch.')} in the file)"
+        for key, value in state.items()
+        if key in expected and not _same_kind(value, expected[key])
+    ]  # which would be rounded, or lose a part, without a word
     problems = [f"other shapes: {_list_some(wrong_shape)}"] if wrong_shape else []
+    problems += [f"not real numbers: {_list_some(wrong_kind)}"] if wrong_kind else []
     try:
         # strict=False lets the modules' own hooks rename old keys first; nothing is let through.
         outcome = module.load_state_dict(
-            {key: v for key, v in state.items() if key not in expected or _same(v, expected[key])},
+            {key: v for key, v in state.items() if key not in expected or _fits(v, expected[key])},
             strict=False,
         )
     except RuntimeError as error:
@@ -242,8 +248,12 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path) -> N
         )
 
 
-def _same(value: Tensor, expected: Tensor) -> bool:
-    return value.shape == expected.shape
+def _fits(value: Tensor, expected: Tensor) -> bool:
+    return value.shape == expected.shape and _same_kind(value, expected)
+
+
+def _same_kind(value: Tensor, expected: Tensor) -> bool:
+    return value.is_floating_point() or not expected.is_floating_point()
 
 
 def _list_some(names: Iterable[str]) -> str:
