@@ -194,3 +194,10 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_a_hint(whole, monke
     assert "step" in err
     assert "synthesis.latent_lr" in err
     assert json.loads((whole / "diverged" / "run.json").read_text())["status"] != "done"
+
+
+def test_resuming_what_never_began_says_so(whole, monkeypatch, capsys):
+    asked = [part for part in arguments(whole, "new", "--resume") if part != "--quiet"]
+    code, out, err = zsq(monkeypatch, capsys, *asked)
+    assert code == 0, err
+    assert "holds no run to go on with; it begins there" in " ".join((out + err).split())

@@ -149,6 +149,8 @@ def quantize(
             context = replace(context, checkpoints=checkpoints, metrics=HeldRecords())
             return make_student(None, teacher, resolved, images, context)
         folder = RunFolder.start(out, identity, resume=resume)
+        if resume and folder.begun:
+            context.reporter.note(f"{out} holds no run to go on with; it begins there")
         try:
             return carry_out(folder, teacher, resolved, images, context, plan=plan, report=report)
         finally:

@@ -146,6 +146,22 @@ def test_names_cannot_break_the_page(runs, tmp_path):
     assert r"&lt;img src=x&gt; # Injected \`\|\` ?\[2J" in summary
 
 
+@pytest.mark.parametrize("change", [
+    {"identity": {"network": None, "recipe": {}}}, {"timings": {"tuning": "abc"}},
+    {"results": {"evaluation": []}}, {"results": {"export": {"bytes": "abc"}}},
+    {"results": {"evaluation": {"data": "x", "teacher": {}}}},
+])  # fmt: skip
+def test_a_record_that_somebody_changed_is_one_sentence(runs, tmp_path, change):
+    shutil.copytree(runs[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for part, values in change.items():
+        record[part] |= values
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"run\.json or metrics\.jsonl is damaged or was changed"):
+        write_report(tmp_path / "run", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_report_can_be_left_out(tmp_path, monkeypatch, capsys):
     model = write_model(tmp_path)
     zsq_json(monkeypatch, capsys, "quantize", model, *SHAPE, *NORMALISATION, *FEW, "--no-report",

@@ -23,6 +23,10 @@ from zsq.runtime.ambient import own_modes
 from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
 
+#: What records of other keys and types than a run writes end in. They are read in too many places to be
+#: looked through before.
+_CHANGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+
 
 @own_modes()
 def write_report(
@@ -55,8 +59,15 @@ def write_report(
     for run in runs:  # a diagnosis takes a minute
         check_facts(run, real)
     check_destination(path)
-    facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
-    for target, text in ((path, html_page(facts)), (path.with_suffix(".md"), markdown(facts))):
+    try:
+        facts = [collect_facts(run, reporter or QuietReporter(), real) for run in runs]
+        texts = {path: html_page(facts), path.with_suffix(".md"): markdown(facts)}
+    except _CHANGED as error:
+        raise UsageError(
+            f"the records of {', '.join(map(str, runs))} do not say what a run's do ({type(error).__name__}: "
+            f"{str(error)[:100]}): run.json or metrics.jsonl is damaged or was changed. Quantize into another folder."
+        ) from error
+    for target, text in texts.items():
         with atomic_write(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return path
