@@ -66,6 +66,9 @@ def test_bits_of_activations_are_chosen_and_shipped_too(model, tmp_path, monkeyp
     student = package.load(tmp_path / "run")
     assert {name: q.bits for name, q in student.quantizers().items()} == chosen
     assert {path: layer.bits for path, layer in student.layers().items()} == plan["layers"]
+    planned = package.diagnose(tmp_path / "run", images=2).planned
+    assert {each.edge: each.activations for each in planned if each.edge} == chosen
+    assert {each.match: each.weights for each in planned if each.match} == plan["layers"]
 
 
 @pytest.mark.parametrize("start", ["null", "{steps: 3}"])

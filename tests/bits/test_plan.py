@@ -2,6 +2,7 @@
 """Sensitivity, and the bits file, on a small network."""
 
 import copy
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from zsq.bits.choose import choose_bits
 from zsq.bits.layers import layer_facts
-from zsq.bits.plan import BitsPlan, read_plan
+from zsq.bits.plan import BitsPlan, EdgePlan, read_plan
 from zsq.bits.plots import write_plan
 from zsq.bits.sensitivity import measure_sensitivity
 from zsq.config import load_recipe
@@ -254,3 +255,15 @@ def test_a_damaged_network_is_named_where_its_bits_are_chosen(teacher, images):
     network.get_submodule("b1").weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match=r"divergence with .* at 2 bits is nan"):
         choose_bits(Teacher(network, teacher.info), "4.0", images=images, settings=["equalize=0"])
+
+
+def test_names_with_brackets_and_stars_are_names_and_no_patterns():
+    """Keys of an `nn.ModuleDict` may hold what a pattern of an override reads as a set or as anything."""
+    for name, other in (("heads.[ab]", "heads.a"), ("heads.*", "heads.b"), ("heads.?", "heads.c")):
+        edges = EdgePlan.model_construct(edges={name: 5})
+        plan = BitsPlan.model_construct(layers={name: 3}, edges=edges)
+        matched = [o.match or o.edge for o in (*plan.of_layers(), *plan.of_edges())]
+        assert len(matched) == 2
+        for pattern in matched:
+            assert fnmatchcase(name, pattern)
+            assert not fnmatchcase(other, pattern)
