@@ -29,6 +29,7 @@ from zsq.runtime.group import Group
 from zsq.runtime.metrics import HeldRecords
 from zsq.runtime.policy import Precision, make_policy, on_device
 from zsq.runtime.progress import QuietReporter, Reporter
+from zsq.runtime.seeds import whole_seed
 from zsq.stages import produce
 from zsq.student import Student
 from zsq.synthesis.images import Images
@@ -113,7 +114,7 @@ def quantize(
     """
     if example_inputs is not None and input_shape is None:
         input_shape = shape_of(example_inputs)
-    group, seed = group or Group(), int(seed)
+    group, seed = group or Group(), whole_seed(seed)
     with group.one_first():
         teacher = load_teacher(
             model, input_shape=input_shape, mean=mean, std=std, resize=resize, weights=weights,

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zsq.errors import UsageError
+from zsq.runtime.context import Context
 from zsq.runtime.seeds import derive_seed, seeded
 
 parts = st.lists(st.integers() | st.text(), max_size=4)
@@ -108,3 +111,11 @@ def test_cuda_devices_are_seeded_and_restored():
     first, second = draw_on_gpus(), draw_on_gpus()
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, states, torch.cuda.get_rng_state_all()))
+
+
+def test_seeds_are_whole_numbers_of_any_library():
+    for seed in (7, np.int64(7), torch.tensor(7)):
+        assert Context(seed=seed).within("part").seed == derive_seed(7, "part")
+    for wrong in (None, 7.5, "7"):
+        with pytest.raises(UsageError, match=f"seed={wrong!r} is no whole number"):
+            Context(seed=wrong)

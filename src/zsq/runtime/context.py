@@ -12,7 +12,7 @@ from zsq.runtime.group import Group
 from zsq.runtime.metrics import Records, Value
 from zsq.runtime.policy import Policy
 from zsq.runtime.progress import QuietReporter, Reporter
-from zsq.runtime.seeds import derive_seed
+from zsq.runtime.seeds import derive_seed, whole_seed
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Context:
         metrics: values over time; None keeps none.
         group: the processes that share the run.
         part: of a step that is done in parts, the one that this is for; named in records.
+
+    Raises:
+        UsageError: the seed is no whole number.
     """
 
     seed: int = 0
@@ -36,6 +39,9 @@ class Context:
     metrics: Records | None = None
     group: Group = field(default_factory=Group)
     part: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_seed(self.seed))
 
     def within(self, part: str) -> Context:
         """Return the surroundings of a part of a step: chance, checkpoints and records of its own."""

@@ -9,10 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import SupportsIndex
 
 import torch
+
+from zsq.errors import UsageError
+
+
+def whole_seed(seed: SupportsIndex) -> int:
+    """Return a seed as a Python integer, whichever library's integer it is.
+
+    Raises:
+        UsageError: it is no whole number.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise UsageError(
+            f"seed={seed!r} is no whole number; give one, such as 0: the same seed gives the same result."
+        ) from error
 
 
 def derive_seed(*parts: int | str) -> int:
