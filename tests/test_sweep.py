@@ -16,8 +16,9 @@ from helpers.runs import NORMALISATION, SHAPE, write_images, write_model, zsq, z
 from zsq import cli, sweep
 from zsq.errors import RunError, UsageError, ZsqError
 from zsq.runtime import machine
-from zsq.sweep import Sweep, _locally, run_sweep
-from zsq.sweep_ray import run_on_ray
+from zsq.sweep import Sweep, cell, run_sweep
+from zsq.sweep.cluster import run_on_ray
+from zsq.sweep.run import _locally
 
 SETTINGS = """
 schedule: quick
@@ -38,7 +39,7 @@ def write_sweep(folder, recipes, seeds="[0]", data=None, more=()):
 
 
 def in_this_process(arguments, threads, gpu=None):
-    """Stand in for `zsq.sweep._zsq`: the same command without the seconds that a process takes."""
+    """Stand in for `zsq.sweep.cell._zsq`: the same command without the seconds that a process takes."""
     try:
         cli.app([*arguments, "--json"], standalone_mode=False)
     except ZsqError as error:
@@ -57,7 +58,7 @@ def test_a_sweep_fills_its_table_and_only_does_what_is_missing(tmp_path, monkeyp
     assert table.count("edges-8bit") == 2
     runs = [tmp_path / "out" / row["folder"] for row in first["cells"]]
     before = [(run / "student.safetensors").stat().st_mtime_ns for run in runs]
-    monkeypatch.setattr(sweep, "_zsq", in_this_process)
+    monkeypatch.setattr(cell, "_zsq", in_this_process)
     code, _, _ = zsq(monkeypatch, capsys, "sweep", file, "-o", tmp_path / "out", "--quiet")
     assert code == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == first["cells"]
@@ -65,7 +66,7 @@ def test_a_sweep_fills_its_table_and_only_does_what_is_missing(tmp_path, monkeyp
 
 
 def test_a_changed_sweep_never_shows_the_numbers_of_another(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "_zsq", in_this_process)
+    monkeypatch.setattr(cell, "_zsq", in_this_process)
     images, others = (
         write_images(tmp_path / name, n) for name, n in (("images", 6), ("others", 9))
     )
@@ -130,12 +131,12 @@ def test_pickles_are_allowed_on_the_command_line_alone(tmp_path, monkeypatch, ca
 
 def test_a_record_that_is_not_there_has_no_scores():
     cells = Sweep(models=("a",), recipes=("b",), data="x")
-    assert sweep._scores(cells, {}) is None
+    assert cell._scores(cells, {}) is None
 
 
 def test_an_option_that_does_not_exist_is_the_error_of_its_cell():
     """The last line of what the command line says then is the border of a box."""
-    assert "No such option: --nonsense" in sweep._zsq(["quantize", "--nonsense"], 1)
+    assert "No such option: --nonsense" in cell._zsq(["quantize", "--nonsense"], 1)
 
 
 def test_cells_are_told_whom_not_to_outlive(monkeypatch):
@@ -146,7 +147,7 @@ def test_cells_are_told_whom_not_to_outlive(monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert sweep._zsq(["env"], 1) == ""
+    assert cell._zsq(["env"], 1) == ""
     assert told[machine.ENDS_WITH_PARENT] == str(os.getpid())
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from zsq.bench.tables import bench_tables
 from zsq.config import load_recipe
-from zsq.tables import export_table, inspection_tables, recipes_table, run_table, sweep_tables
+from zsq.sweep.tables import sweep_tables
+from zsq.tables import export_table, inspection_tables, recipes_table, run_table
 from zsq.teacher.inspect import inspect_teacher
 from zsq.teacher.teacher import load_teacher
 
@@ -71,12 +72,14 @@ def test_figures_of_a_sweep_are_whole_beside_long_names():
     row = {
         "model": "pytorchcv:mobilenetv2_w1", "recipe": "folder/of/recipes/mine_with_a_long_name.yaml",
         "bits": "plans/bits_of_another_name.yaml", "seed": 12, "student": 71.23, "drop": 2.04, "ratio": 7.77,
-        "status": "not evaluated", "error": "why", "folder": "f",
+        "status": "not evaluated", "error": "why", "folder": "f", "protocol": "all-low-bit",
     }  # fmt: skip
     text = "\n".join(printed(sweep_tables([row])))
     for told in ("71.23", "2.04", "7.77", "12", "why", "1 of 1 cells failed"):
         assert told in text
     assert "…" not in text
+    usual = row | {"model": "zsq:resnet20_cifar10", "recipe": "gdfq+ait", "bits": "w4a4"}
+    assert "all-low-bit" in "\n".join(printed(sweep_tables([usual])))
 
 
 def test_growth_is_whole_where_a_point_failed():

@@ -78,7 +78,7 @@ def sweep(
 ) -> None:  # fmt: skip
     """Run models x recipes x bits x seeds, going on where an earlier sweep stopped."""
     from zsq.sweep import Sweep, run_sweep
-    from zsq.tables import sweep_tables
+    from zsq.sweep.tables import sweep_tables
 
     cells = Sweep.load(file)
     if allow_pickle:

@@ -271,23 +271,6 @@ def recipe_details(recipe: Recipe) -> Iterable[RenderableType]:
     yield table
 
 
-def sweep_tables(rows: list[dict[str, Any]]) -> Iterable[RenderableType]:
-    """Show a sweep's cells."""
-    table = new_table(
-        "sweep", "model", "recipe", "bits", "status", "seed", "top-1 %", "drop", "smaller", texts=4
-    )  # fmt: skip
-    for row in rows:
-        shown = [row.get(key) for key in ("student", "drop", "ratio")]
-        cells = ["" if value is None else f"{value:.2f}" for value in shown]
-        table.add_row(escape(row["model"]), escape(row["recipe"]), escape(row["bits"]), row["status"],
-                      str(row["seed"]), *cells)  # fmt: skip
-    yield table
-    failed = [row for row in rows if row["status"] != "done"]
-    if failed:
-        yield f"{len(failed)} of {len(rows)} cells failed:"
-        yield from (escape(f"{row['folder']}: {row['error']}") for row in failed)
-
-
 def environment_table(found: dict[str, object]) -> Iterable[RenderableType]:
     """Show the environment."""
     table = new_table("environment", "what", "value", texts=2)
