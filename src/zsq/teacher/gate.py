@@ -18,10 +18,12 @@ _TAKEN = frozenset({
 })  # fmt: skip
 _GIVEN = frozenset({"Optional", "List", "Tensor", "int", "float", "bool", "number"})
 #: Of files and of other libraries' handles; of layouts whose indices are not looked at; in place of
-#: another tensor's memory.
+#: another tensor's memory; of training, where indices that the forward operator would have made are taken
+#: as they come, and the states of autograd and of chance are changed.
 _REFUSED = re.compile(
     r"from_file|save|sparse|_?(coo|cs[rc]|bs[rc])_.*|nested|jagged|mkldnn|miopen|cudnn|fbgemm|(?<!fake_)quantize"
     r"|^set(_.*)?$|resize|record_stream|get_gradients|_test_"
+    r"|backward|segment_reduce|ctc_loss|seed|(requires|retain)_grad|^batch_norm_"
 )
 #: Operators that are not meant to be called by name, except these, which exporting and decomposing
 #: common layers writes.
@@ -30,12 +32,14 @@ _INTERNAL = frozenset({
     "_assert_tensor_metadata", "_cdist_forward", "_conj", "_conv_depthwise2d", "_convolution",
     "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_lazy_clone", "_local_scalar_dense",
     "_log_softmax", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
-    "_native_batch_norm_legit_no_training", "_prelu_kernel", "_reshape_alias", "_safe_softmax",
+    "_native_batch_norm_legit_no_training", "_prelu_kernel", "_safe_softmax",
     "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu",
     "_shape_as_tensor", "_softmax", "_stack", "_to_copy", "_trilinear", "_unsafe_index",
-    "_unsafe_masked_index", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
-    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_unique2", "_unsafe_masked_index", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "_upsample_lanczos2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
     "_weight_norm", "_weight_norm_interface",
+    "__and__", "__iand__", "__or__", "__ior__", "__xor__", "__ixor__", "__lshift__", "__ilshift__",
+    "__rshift__", "__irshift__",
 })  # fmt: skip
 
 
@@ -50,7 +54,7 @@ def refusal(operator: OpOverload) -> str | None:
     """
     schema = operator._schema
     name = schema.name.removeprefix("aten::")
-    if name.startswith("_") and name.rstrip("_") not in _INTERNAL:
+    if name.startswith("_") and name not in _INTERNAL and name.rstrip("_") not in _INTERNAL:
         return "is internal to PyTorch"
     if _REFUSED.search(name):
         return "is not arithmetic on tensors"
@@ -59,8 +63,9 @@ def refusal(operator: OpOverload) -> str | None:
         return "takes or gives something else than tensors and numbers"
     if taken and taken[0] & {"str", "Device", "Generator"} and name != "einsum":
         return "takes something else than tensors and numbers first"
-    writes = any(x.alias_info and x.alias_info.is_write for x in schema.arguments[1:])
-    if writes and "batch_norm" not in name:  # which those of training do, and are refused for that
+    written = [x for x in schema.arguments[1:] if x.alias_info and x.alias_info.is_write]
+    # Batch norms of training write their running statistics, and are refused for that with a better sentence.
+    if written and ("batch_norm" not in name or any(x.kwarg_only for x in written)):
         return "writes into a tensor that it is given"
     return None
 
