@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import pickle
 import zipfile
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from zsq.errors import UsageError
 from zsq.teacher.sources import load_source
+from zsq.teacher.teacher import load_teacher
 
 # --- torch.export archives -----------------------------------------------------------------------
 
@@ -170,6 +172,21 @@ def nest_with_escapes(graph, trap):
     graph["module_call_graph"][0]["signature"]["in_spec"] = '[1, "\\u0028"]'
 
 
+def nest_in_a_class_of_a_module(graph, trap):
+    nest = {"type": "collections.defaultdict", "context": {"default_factory_module": "antigravity"}}
+    graph["module_call_graph"][0]["signature"]["out_spec"] = json.dumps([1, nest])
+
+
+def use_an_object(graph, trap):
+    script = {"as_custom_obj": {"name": "x", "class_fqn": "__torch__.torch.classes.a.B"}}
+    graph["graph"]["nodes"][0]["inputs"][0]["arg"] = script
+
+
+def evaluate_a_text(graph, trap):
+    letters = "+".join(f"S('chr')({ord(letter)})" for letter in mkdir(trap))
+    graph["range_constraints"] = {"s0": {"expr_str": f"S('exec')({letters})"}}
+
+
 def evaluate_for_years(graph, trap):
     graph["range_constraints"] = {"s0": {"expr_str": "9**9**9**9"}}
 
@@ -194,8 +211,11 @@ def write_anywhere(graph, trap):
         (name_an_input, "holds the name .x="),
         (name_a_parameter, "holds the name .a"),
         (name_the_signature, r"holds the name .*x="),
-        (nest_the_arguments, r"holds the name .\[1, __import__"),
-        (nest_with_escapes, "holds the name"),
+        (nest_the_arguments, r"nests arguments as .\[1, __import__"),
+        (nest_with_escapes, "nests arguments as"),
+        (nest_in_a_class_of_a_module, "nests arguments as"),
+        (use_an_object, "holds the object"),
+        (evaluate_a_text, "holds the expression"),
         (evaluate_for_years, "holds the expression '9"),
         (read_a_file, "'aten.from_file.default', which is not arithmetic on tensors"),
         (write_anywhere, "unsafe.default', which is internal to PyTorch"),
@@ -215,6 +235,65 @@ def test_graphs_that_could_do_harm_are_refused_before_they_are_built(
     with pytest.raises(UsageError, match=why):
         load_source(str(path))
     assert not trap.exists()
+
+
+def test_guards_and_texts_of_example_inputs_are_not_run(archive, tmp_path):
+    """PyTorch makes Python of both, and runs it, when it gives a module."""
+    trap, path = tmp_path / "trap", tmp_path / "net.pt2"
+
+    def change(entries):
+        content = json.loads(entries["models/model.json"])
+        content["guards_code"] = [mkdir(trap)]
+        entries["models/model.json"] = json.dumps(content).encode()
+
+    rewrite(archive[0], path, change)
+    images = torch.randn(2, 3, 8, 8)
+    loaded = load_source(str(path)).module.module()
+    torch.testing.assert_close(loaded(images), archive[1](images))
+    load_teacher(str(path))
+    assert not trap.exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(path).module()(images)
+    assert trap.exists()  # the trap works
+
+    class Two(nn.Module):
+        def forward(self, images, mode):
+            return images * 2
+
+    trap.rmdir()
+    program = torch.export.export(Two(), (images, f"a' or {mkdir(trap)} or 'b"))
+    torch.export.save(program, path)
+    with contextlib.suppress(UsageError):
+        load_teacher(str(path))
+    load_source(str(path)).module.module()
+    assert not trap.exists()
+
+
+def test_sizes_may_be_computed(tmp_path):
+    """With sizes that are not known, PyTorch writes arithmetic on them and powers of them."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+
+        def forward(self, images):
+            features = self.conv(images).flatten(1)
+            return features * math.trunc(images.shape[2] / 3) / features.shape[1]
+
+    side = torch.export.Dim("side", min=8, max=64)
+    shapes = ({0: torch.export.Dim.DYNAMIC, 2: side, 3: side},)
+    images = torch.randn(2, 3, 16, 16)
+    path = tmp_path / "net.pt2"
+    program = torch.export.export(Mean().eval(), (images,), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    with zipfile.ZipFile(path) as archive:
+        model = archive.read(next(n for n in archive.namelist() if n.endswith("model.json")))
+    assert b"Pow(" in model
+    assert b"math.trunc" in model
+    torch.testing.assert_close(
+        load_source(str(path)).module.module()(images), program.module()(images)
+    )
 
 
 def test_parameters_may_have_names_that_are_no_identifiers(tmp_path):

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from zsq.errors import UsageError
+from zsq.teacher.archivetexts import is_allowed_name, is_expression, is_layout
 from zsq.teacher.checkpoints import ALLOW_PICKLE_MEANING, describe, require_file
 from zsq.teacher.layers import resolve_operator
 
@@ -31,22 +32,11 @@ _INERT = re.compile(r"archive_format|archive_version|byteorder|\.data/.*|extra/.
 
 # Operators beside ATen's: arithmetic on sizes, and regions of a graph, whose operands are graphs.
 _TARGET = re.compile(
-    r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_|[lr]shift)"
     r"|math\.(ceil|floor|trunc|sqrt)|torch\.(sym_\w+|_sym_\w+)"
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond|while_loop)"
 )
 _ATEN = re.compile(r"torch\.ops\.(aten\.\w+\.\w+)")
-# Shape expressions are names of symbols and CamelCase sympy classes; code would need more, such as
-# a function in lower case, an attribute, or a string with brackets in it. Powers and long numbers
-# could keep a reader busy for years.
-_EXPRESSION = re.compile(r"[\w\s(),.+\-*/<>=!%]*")
-_ENDLESS = re.compile(r"\*\*|Pow|factorial|\d{19}")
-_NAME = re.compile(r"[A-Z]\w*|[a-z]{1,3}\d+|int_oo|oo|positive|integer|nonnegative|real|precision")
-# What becomes an identifier in the code that PyTorch writes of a graph, what becomes a string there,
-# and how arguments are nested, which names some.
-_IDENTIFIER = re.compile(r"\w*")
-_TEXT = re.compile(r"[^\"'\\\x00-\x1f]*")
-_LAYOUT = re.compile(r'(?:[\w\s\[\]{}:,.\-"]|\\")*')
 # Functions found by their name, and objects of C++ classes.
 _OBJECTS = frozenset({"as_operator", "as_custom_obj", "class_fqn"})
 
@@ -83,6 +73,9 @@ def _load_screened(path: Path) -> ExportedProgram:
 
     program = load_pt2(str(path)).exported_programs["model"]
     assert isinstance(program, ExportedProgram)
+    # PyTorch makes Python of both when it is asked for a module, and runs it.
+    program._example_inputs = None
+    program._guards_code = []
     return program
 
 
@@ -118,26 +111,18 @@ def _look_through_json(content: object) -> str | None:
         shown = repr(str(value)[:80])
         if key == "target" and not _is_operator(value):
             return f"calls {shown}"
-        if key == "expr_str" and not (isinstance(value, str) and _is_expression(value)):
+        if key == "expr_str" and not (isinstance(value, str) and is_expression(value)):
             return f"holds the expression {shown}"
+        if key in ("in_spec", "out_spec") and not (isinstance(value, str) and is_layout(value)):
+            return f"nests arguments as {shown}"
         if key == "use_pickle" and value:
             return "holds pickled tensors"
         if key in _OBJECTS and value:
             return f"holds the object {shown}"
-        allowed = _allowed_text(key)
         for text in value if isinstance(value, list) else [value]:
-            if allowed and isinstance(text, str) and not allowed.fullmatch(text):
+            if isinstance(text, str) and not is_allowed_name(key, text):
                 return f"holds the name {shown}"
     return None
-
-
-def _allowed_text(key: str) -> re.Pattern[str] | None:
-    """Return what a text of an archive may be, by the key that it stands under; None for anything."""
-    if key in ("name", "as_name", "forward_arg_names"):
-        return _IDENTIFIER
-    if key in ("in_spec", "out_spec"):
-        return _LAYOUT
-    return _TEXT if key.endswith("_name") else None
 
 
 def _is_operator(target: object) -> bool:
@@ -149,13 +134,6 @@ def _is_operator(target: object) -> bool:
         return bool(_TARGET.fullmatch(target))
     resolve_operator(aten[1])
     return True
-
-
-def _is_expression(text: str) -> bool:
-    text = re.sub(r"'[\w.+-]*'", "", text)
-    if not _EXPRESSION.fullmatch(text) or _ENDLESS.search(text) or re.search(r"\.(?!\d)", text):
-        return False
-    return all(_NAME.fullmatch(name) for name in re.findall(r"[^\W\d]\w*", text))
 
 
 def _entries(content: object) -> Iterator[tuple[str, object]]:
