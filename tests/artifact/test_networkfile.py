@@ -88,8 +88,30 @@ def no_mapping(header, tensors):
     return []
 
 
+def bits_of_a_word(header, tensors):
+    header["modules"][first(header, "activation")]["bits"] = "four"
+
+
+def too_many_bits(header, tensors):
+    header["modules"][first(header, "quantized_layer")]["bits"] = 10**12
+
+
+def another_shape(header, tensors):
+    header["modules"][first(header, "quantized_layer")]["shape"] = [10**12, 3]
+
+
+def too_few_codes(header, tensors):
+    name = f"{first(header, 'quantized_layer')}.weight_packed"
+    tensors[name] = tensors[name].flatten()[:1]
+
+
+def names_of_nothing(header, tensors):
+    header["modules"]["a..b"] = header["modules"].pop(first(header, "activation"))
+
+
 CHANGES = [
-    no_output, two_outputs, another_operator, operator_of_files, operator_without_checks, keyword, nested,
+    bits_of_a_word, too_many_bits, another_shape, too_few_codes, names_of_nothing, no_output,
+    two_outputs, another_operator, operator_of_files, operator_without_checks, keyword, nested,
     steps_of_nothing, steps_that_are_none, negative_steps, no_mapping,
 ]  # fmt: skip
 

@@ -57,13 +57,16 @@ def test_a_damaged_record_that_is_json_is_refused(tmp_path, change):
             use(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "analysis", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", "analysis", "recipe.yaml", "analysis/plots/a.png"]
+)
 def test_a_run_that_leads_elsewhere_is_refused_and_nothing_there_is_touched(tmp_path, name):
     """What a stranger's folder links to would be written to, deleted, or shown in a report."""
     run, outside = tmp_path / "run", tmp_path / "outside"
     RunFolder.start(run, IDENTITY, resume=False).release()
     outside.mkdir()
     (outside / ".tmpabcdef").write_text("mine")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(outside)
     for use in (RunFolder.open, lambda path: RunFolder.start(path, IDENTITY, resume=True)):
         with pytest.raises(UsageError, match="is a link; a run's files are its own"):

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zsq.errors import RunError, UsageError
-from zsq.runtime.files import atomic_write, check_destination, make_folder, remove_leftovers
+from zsq.runtime.files import (
+    atomic_write,
+    check_destination,
+    check_folder,
+    make_folder,
+    remove_leftovers,
+)
 
 
 @contextmanager
@@ -177,6 +183,28 @@ def test_a_folder_that_cannot_be_made_is_known_before_the_work(tmp_path):
         with pytest.raises(UsageError, match="cannot make the folder"):
             make_folder(place)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folders_that_cannot_be_made_are_found_out_without_making_any(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for place, why in (
+        (tmp_path / "file" / "below", "file is a file"),
+        (tmp_path / "gone", "gone points to nothing"),
+        (tmp_path / "gone" / "below", "gone points to nothing"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            check_folder(place)
+    check_folder(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+    def denied(path, *options, **named):  # for root every folder can be looked into
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "lstat", lambda p: os.stat(p) if p == tmp_path else denied(p))
+    with pytest.raises(UsageError, match="is not writable"):
+        check_folder(tmp_path / "locked" / "below")
 
 
 def test_a_place_where_no_file_can_be_written_is_known_before_the_work(tmp_path, monkeypatch):

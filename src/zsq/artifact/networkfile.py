@@ -206,9 +206,16 @@ def _rebuild(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> 
             if entry["op"] == "get_attr":
                 parent, _, last = entry["target"].rpartition(".")
                 _container(root, parent).register_buffer(last, tensors[entry["target"]])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: {type(error).__name__} {_line(error)}.") from error
     return graph_from_json(header["graph"], root)
+
+
+def _line(error: Exception) -> str:
+    """Return the beginning of an error's message, in one line."""
+    return " ".join(str(error).split())[:150].rstrip(".")
 
 
 def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -129,7 +129,7 @@ class RunFolder:
         path = Path(path)
         try:
             record = json.loads((path / "run.json").read_text(encoding="utf-8-sig"))
-            linked = sorted(found.name for found in path.iterdir() if found.is_symlink())
+            linked = sorted(found for found in path.rglob("*") if found.is_symlink())
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} is not a readable zsq run ({type(error).__name__}: run.json); give the folder that "
@@ -137,8 +137,8 @@ class RunFolder:
             ) from error
         if linked:  # commands would write, and reports show, what lies elsewhere
             raise UsageError(
-                f"{path / linked[0]} is a link; a run's files are its own. Put what it points to in its place, or "
-                "take it away."
+                f"{linked[0]} is a link; a run's files are its own. If you trust what it points to, copy the run "
+                f"with it in its place (cp -rL {path} COPY) and give the copy, or take the link away."
             )
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise UsageError(

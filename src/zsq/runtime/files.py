@@ -145,11 +145,13 @@ def check_folder(path: Path) -> None:
         UsageError: a file is in the way, or no folder may be made there.
     """
     nearest = path
-    while not nearest.exists() and nearest != nearest.parent:
+    # Unlike `exists`, this also says no of what may not be looked at, and yes of a link to nothing.
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
+        what = "points to nothing" if nearest.is_symlink() and not nearest.exists() else "is a file"
         raise UsageError(
-            f"cannot make the folder {path}: {nearest} is a file; choose another with -o."
+            f"cannot make the folder {path}: {nearest} {what}; choose another with -o."
         )
     if not is_writable(nearest):
         raise UsageError(

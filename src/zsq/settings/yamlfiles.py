@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,46 @@ import yaml
 
 from zsq.errors import yaml_problem
 
-#: References to what stands elsewhere in a file; more than a person writes could unfold into all of memory.
-MOST_ALIASES = 100
+#: Values that a file may come to when all that it refers to is written out; a few references to references
+#: are more than memory holds.
+MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone, every key once, and few references."""
+    """Plain values alone, every key once, and no more than fit into memory."""
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.aliases = 0
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _unfolded(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its references (*name) unfold to more than {MOST_VALUES} values")
+        return node
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MOST_ALIASES:
-                raise yaml.YAMLError(f"it has more than {MOST_ALIASES} references (*name)")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:  # here merges (<<) are still keys themselves
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {key.value!r} stands there twice", key.start_mark
                     )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _unfolded(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Return how many values a node holds, each as often as it is referred to."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES  # of one that holds itself
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        counted[id(node)] = min(
+            1 + sum(_unfolded(part, counted) for part in parts), 2 * MOST_VALUES
+        )
+    return counted[id(node)]
 
 
 def read_yaml(source: str | Path | bytes) -> Any:

@@ -13,6 +13,7 @@ import reprlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -91,17 +92,18 @@ class Architecture:
     cells: tuple[Cell, Cell, Cell]
 
     @classmethod
-    def parse(cls, texts: object) -> Architecture:
+    def parse(cls, texts: Any) -> Architecture:
         """Read three cells in `Cell`'s notation.
 
         Raises:
             UsageError: not three cells, crosses where there are none, or no way to the image.
         """
-        if not isinstance(texts, (list, tuple)) or len(texts) != 3:
+        three = isinstance(texts, (list, tuple)) and len(texts) == 3
+        if not three or not all(isinstance(text, str) for text in texts):
             raise UsageError(
-                f"an architecture is a list of three cells, not {reprlib.repr(texts)}."
+                f"an architecture is a list of three cells, each a text, not {reprlib.repr(texts)}."
             )
-        first, second, third = (Cell.parse(str(text)) for text in texts)
+        first, second, third = (Cell.parse(text) for text in texts)
         if first.crosses or not second.crosses or not third.crosses:
             raise UsageError(
                 f"the architecture {list(texts)} needs crosses in its second and third cell only."
