@@ -45,6 +45,17 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
+def one_line(text: str) -> str:
+    r"""Replace ends of lines by spaces, and the characters that a terminal acts on as `printable` does.
+
+    Example:
+        >>> one_line("two\n\nlines\x1b")
+        'two lines?'
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 def yaml_problem(error: Exception) -> str:
     """Say in one line why a YAML file cannot be read, without PyYAML's picture of the place.
 
@@ -58,5 +69,5 @@ def yaml_problem(error: Exception) -> str:
     """
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if not problem or mark is None:
-        return " ".join(str(error).split())[:150]
+        return one_line(str(error))[:150]
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"

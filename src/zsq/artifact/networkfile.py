@@ -30,6 +30,7 @@ from zsq.quantizers.weight import FrozenWeight
 from zsq.runtime.checkpoints import load_tensors, save_tensors
 from zsq.runtime.group import Group
 from zsq.student import Student
+from zsq.teacher.checkpoints import describe
 from zsq.teacher.layers import LAYER_OPERATORS, BatchNorm, Layer
 from zsq.teacher.teacher import ModelInfo, Teacher
 
@@ -209,13 +210,8 @@ def _rebuild(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> 
     except UsageError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UsageError(f"{path} is damaged: {type(error).__name__} {_line(error)}.") from error
+        raise UsageError(f"{path} is damaged ({describe(error)}).") from error
     return graph_from_json(header["graph"], root)
-
-
-def _line(error: Exception) -> str:
-    """Return the beginning of an error's message, in one line."""
-    return " ".join(str(error).split())[:150].rstrip(".")
 
 
 def _module(path: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -18,7 +17,8 @@ from zsq.artifact.facts import (
     data_note,
     settings_of,
 )
-from zsq.errors import UsageError, printable
+from zsq.errors import UsageError
+from zsq.markdown import markdown_table, plain
 from zsq.runtime.ambient import own_modes
 from zsq.runtime.files import atomic_write, check_destination
 from zsq.runtime.progress import QuietReporter, Reporter
@@ -196,29 +196,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> s
 def markdown(runs: list[RunFacts]) -> str:
     """Render the summary."""
     header, rows = comparison(runs)
-    lines = [f"# Quantized without data: {_plain(', '.join(run.name for run in runs))}", ""]
+    lines = [f"# Quantized without data: {plain(', '.join(run.name for run in runs))}", ""]
     for note in filter(None, (protocols_note(runs), data_note(runs))):
         lines += [f"**{note}**", ""]
-    lines += _markdown_table(header, rows)
+    lines += markdown_table(header, rows)
     for run in runs:
-        lines += ["", f"## {_plain(run.name)}", ""]
-        lines += [f"* {name}: {_plain(value)}" for name, value in settings_of(run).items() if value]
+        lines += ["", f"## {plain(run.name)}", ""]
+        lines += [f"* {name}: {plain(value)}" for name, value in settings_of(run).items() if value]
         lines += [f"* **{text}**" for text in run.warnings]
         lines += ["", "What hurts most:", ""]
         found_header, found_rows = layer_table(run.diagnosis)
-        lines += _markdown_table(found_header, found_rows[:10])
+        lines += markdown_table(found_header, found_rows[:10])
         lines += ["", *(f"    {text}" for text in run.diagnosis.suggestions())]
     return "\n".join(lines) + "\n"
-
-
-def _plain(text: object) -> str:
-    """Return a text of a run, in one line and with nothing in it that Markdown or a browser acts on."""
-    line = " ".join(printable(str(text)).split())
-    return re.sub(r"([|\\`\[\]])", r"\\\1", escape(line, quote=False))
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(map(_plain, cells)) + " |"
-
-    return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]

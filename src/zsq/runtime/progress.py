@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from zsq.runtime.tasks import Task, printable
+from zsq.errors import one_line
+from zsq.runtime.tasks import Task
 
 BAR_PERIOD = 0.25
 """Seconds between two refreshes of a live bar, at least."""
@@ -97,7 +98,7 @@ class PlainReporter(Reporter):
 
     def note(self, message: str) -> None:
         """Print one line."""
-        print(printable(message), file=self._stream or sys.stderr, flush=True)
+        print(one_line(message), file=self._stream or sys.stderr, flush=True)
 
     def _open(self, description: str, total: int, completed: int) -> Task:
         return Task(description, total, completed, self._clock, LINE_PERIOD, self._show)
@@ -135,7 +136,7 @@ class BarReporter(Reporter):
 
     def note(self, message: str) -> None:
         """Print one line above the bars."""
-        self._console.print(Text(printable(message)), highlight=False, soft_wrap=True)
+        self._console.print(Text(one_line(message)), highlight=False, soft_wrap=True)
 
     def _open(self, description: str, total: int, completed: int) -> Task:
         if self._progress is None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import SupportsFloat
 
+from zsq.errors import one_line
+
 #: Steps between two looks at a loss that a GPU holds.
 LOSS_EVERY = 50
 Loss = SupportsFloat | Callable[[], float]
@@ -33,7 +35,7 @@ class Task:
         period: float,
         show: Callable[[Task], None],
     ) -> None:
-        self.description = printable(description)
+        self.description = one_line(description)
         self.total = total
         self.done = completed
         self._clock = clock
@@ -128,15 +130,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def printable(text: str) -> str:
-    r"""Replace control characters, ends of line among them, by spaces.
-
-    Names of networks and files come from strangers and must not steer a terminal.
-
-    Example:
-        >>> printable("two\nlines")
-        'two lines'
-    """
-    return "".join(character if character.isprintable() else " " for character in text)

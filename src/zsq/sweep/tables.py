@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
+from zsq.markdown import markdown_table
 from zsq.runtime.files import atomic_write
 from zsq.tables import new_table
 
@@ -22,12 +23,10 @@ COLUMNS = ("model", "recipe", "protocol", "bits", "seed", "teacher", "student", 
 def write_results(place: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``results.json`` and ``results.md`` of the cells that are done."""
 
-    def cell(value: Any) -> str:
-        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|")
+    def cell(value: Any) -> object:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
 
-    table = [COLUMNS, ["---"] * len(COLUMNS), *([row.get(c) for c in COLUMNS] for row in rows)]
-    lines = ["| " + " | ".join(map(cell, line)) + " |" for line in table]
+    lines = markdown_table(COLUMNS, ([cell(row.get(c)) for c in COLUMNS] for row in rows))
     for name, text in (
         ("results.json", json.dumps(rows, indent=1)),
         ("results.md", "\n".join(lines)),
