@@ -13,6 +13,7 @@ from helpers.sources import Touch, tiny
 from torch import nn
 
 from zsq.errors import UsageError
+from zsq.teacher.archives import load_exported
 from zsq.teacher.sources import load_source
 from zsq.teacher.teacher import load_teacher
 
@@ -255,18 +256,24 @@ def test_guards_and_texts_of_example_inputs_are_not_run(archive, tmp_path):
     with contextlib.suppress(Exception):
         torch.export.load(path).module()(images)
     assert trap.exists()  # the trap works
+    read = load_exported(path)
+    assert not read._guards_code  # also where PyTorch would run them without example inputs
 
     class Two(nn.Module):
         def forward(self, images, mode):
             return images * 2
 
     trap.rmdir()
-    program = torch.export.export(Two(), (images, f"a' or {mkdir(trap)} or 'b"))
+    text = f"a' or {mkdir(trap)} or 'b"
+    program = torch.export.export(Two(), (images, text))
     torch.export.save(program, path)
     with contextlib.suppress(UsageError):
         load_teacher(str(path))
-    load_source(str(path)).module.module()
+    load_source(str(path)).module.module()(images, text)
     assert not trap.exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(path).module()(images, text)
+    assert trap.exists()
 
 
 def test_sizes_may_be_computed(tmp_path):

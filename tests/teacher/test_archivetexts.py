@@ -46,6 +46,7 @@ def test_expressions_of_sizes_pass(expression):
         "Symbol('a').free_symbols",
         "Symbol('a', name='b()')",
         "Symbol(**{'a': 1})",
+        "Symbol('a', **True)",
         "Symbol(Symbol('a'))",
         "__import__('os')",
         "open('f')",
@@ -68,7 +69,7 @@ def test_expressions_of_sizes_pass(expression):
         "Add(Integer(1), Integer(1))" + " " * 100_000,
         "Integer(1)  # comment",
         "Integer(1)\n",
-        "\uff33(1)",  # which Python reads as S
+        "\uff33ymbol('a')",  # which Python reads as Symbol
         "(" * 5000,
         "",
     ],
@@ -107,6 +108,7 @@ LEAF = {"type": None, "context": None, "children_spec": []}
             "children_spec": [LEAF],
         },
         {**LEAF, "type": ["builtins.dict"]},
+        {**LEAF, "type": "collections.deque"},
         {**LEAF, "more": 1},
         {**LEAF, "children_spec": [{"type": "my.Class"}]},
         {**LEAF, "context": "[1"},
